@@ -1,0 +1,1 @@
+"""Generated gRPC stubs, all that client and rpc share (regenerate: make generate)."""

@@ -1,0 +1,1 @@
+"""Proto package cgpu.agent.v1."""

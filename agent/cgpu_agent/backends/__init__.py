@@ -1,0 +1,1 @@
+"""The world outside. Backends collect; they never judge."""

@@ -1,0 +1,145 @@
+"""What the domain knows of the outside world: Protocols that real devices and simulators implement alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+from cgpu_agent.wire.tpm import ClockInfo, PcrSelection
+
+T = TypeVar("T")
+
+AkAlgorithm = Literal["rsa", "ecc"]
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """An attestation structure and its signature, as the TPM marshalled them."""
+
+    attest: bytes
+    """TPMS_ATTEST, no size prefix."""
+    signature: bytes
+    """TPMT_SIGNATURE."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyBlob:
+    """A key that only this TPM can load again; ``private`` is encrypted by its parent inside the TPM."""
+
+    public: bytes
+    """TPM2B_PUBLIC content, i.e. a TPMT_PUBLIC."""
+    private: bytes
+    """TPM2B_PRIVATE content."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedKey:
+    """A loaded key's saved context: usable until the next TPM reset, loads without its parent."""
+
+    context: bytes
+    """Marshalled TPMS_CONTEXT."""
+    public: bytes
+    """TPMT_PUBLIC."""
+    auth: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TpmInfo:
+    """What the TPM says of itself. Not evidence: a host could answer this."""
+
+    manufacturer: str
+    """Four ASCII letters, trailing spaces and NULs removed (``MSFT``, ``IBM``)."""
+    firmware_version: int
+    vendor: str
+
+
+class TpmCommands(Protocol):
+    """TPM commands in bytes. Valid only inside a job of ``Tpm.run``, on the owner's thread.
+
+    Every method raises ``DeviceFault``: ``TPM_TIMEOUT``, ``TPM_IO``, ``TPM_RESET`` (the TPM lost its state), ``TPM_BUSY``
+    (out of slots), ``TPM_NV_FULL``, ``TPM_AUTH``, ``TPM_ERROR`` for the rest; argument errors are ``Misuse``.
+    """
+
+    def info(self) -> TpmInfo: ...
+
+    def clock(self) -> ClockInfo:
+        """TPM2_ReadClock."""
+
+    def random(self, count: int) -> bytes:
+        """``count`` bytes (1-32) of TPM2_GetRandom."""
+
+    def pcr_read(self, selection: PcrSelection) -> dict[int, bytes]:
+        """PCR values of one bank; starts over if a PCR changed between its partial reads."""
+
+    def pcr_extend(self, index: int, digest: bytes) -> None:
+        """Extend one PCR of the SHA-256 bank with a 32-byte digest."""
+
+    def persistent_public(self, handle: int) -> bytes | None:
+        """TPMT_PUBLIC of a persistent key, or ``None`` when the handle is free."""
+
+    def create_platform_ak(self, handle: int, algorithm: AkAlgorithm) -> bytes:
+        """Make a restricted NODA signing key in the endorsement hierarchy, persist it, return its TPMT_PUBLIC."""
+
+    def create_agent_ak(self, auth: bytes) -> KeyBlob:
+        """Make a restricted NODA ECC P-256 signing key below an endorsement-hierarchy parent.
+
+        Below that hierarchy, because elsewhere the TPM obfuscates resetCount and firmwareVersion (Part 1, 36.7).
+        """
+
+    def load_agent_ak(self, blob: KeyBlob, auth: bytes) -> LoadedKey:
+        """Load a key made by ``create_agent_ak`` in this TPM (any boot) and save its context."""
+
+    def quote(self, key: int | LoadedKey, qualifying_data: bytes, selection: PcrSelection) -> Signed:
+        """TPM2_Quote by a persistent handle (empty auth) or a loaded key. At most 48 bytes of qualifying data."""
+
+    def certify(self, key: LoadedKey, by: int, qualifying_data: bytes) -> Signed:
+        """TPM2_Certify ``key`` by the persistent key ``by`` (empty auth)."""
+
+    def nv_read(self, index: int) -> bytes | None:
+        """Content of an NV index (at most 16 KiB), or ``None`` when it does not exist or was never written."""
+
+    def ek_public(self, algorithm: AkAlgorithm) -> bytes:
+        """TPMT_PUBLIC of the EK of the TCG default template (persistent one if present, else recreated)."""
+
+    def activate_credential(
+        self, ak: int, ek_algorithm: AkAlgorithm, id_object: bytes, encrypted_secret: bytes
+    ) -> bytes:
+        """TPM2_ActivateCredential for a persistent AK. Inputs are TPM2B contents; returns the certInfo secret."""
+
+
+class Tpm(Protocol):
+    """A TPM owned by one thread. Jobs run one after the other, each as a unit."""
+
+    async def run(self, job: Callable[[TpmCommands], T], *, timeout: float, idempotent: bool = True) -> T:
+        """Run ``job`` on the owner's thread.
+
+        Args:
+            job: composes commands; must not keep the ``TpmCommands`` it is given.
+            timeout: seconds for waiting and running together; expiry raises ``DeviceFault("TPM_TIMEOUT")``.
+            idempotent: rerun once after a transport error (the TPM is reopened first); otherwise such an error
+                raises ``DeviceFault`` with ``outcome_unknown``.
+
+        Raises:
+            DeviceFault: see ``TpmCommands``; also ``TPM_CLOSED`` after ``close``.
+            Unavailable: ``TPM_QUEUE_FULL`` when too many jobs wait.
+        """
+
+    def heartbeat_age(self, now: float) -> float:
+        """Seconds (``time.monotonic`` scale) since the owner thread last proved it is alive and not stuck.
+
+        An idle owner counts as alive. A job that overran its deadline does not.
+        """
+
+    def close(self) -> None:
+        """Stop the owner; jobs in the queue fail with ``TPM_CLOSED``. Idempotent."""
+
+
+class Clock(Protocol):
+    """Time, injected so that tests can move it."""
+
+    def monotonic(self) -> float:
+        """Seconds on CLOCK_BOOTTIME: also counts suspend."""
+
+    def time(self) -> float:
+        """Seconds since the epoch, from the host's clock: never trusted for a verdict."""

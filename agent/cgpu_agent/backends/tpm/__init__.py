@@ -1,0 +1,1 @@
+"""The vTPM: one owner thread over one file descriptor."""

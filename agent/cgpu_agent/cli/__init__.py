@@ -1,0 +1,1 @@
+"""cgpuctl: a client plus the offline verifier."""

@@ -1,0 +1,1 @@
+"""gRPC services behind the front door."""

@@ -1,0 +1,1 @@
+"""Pure judgement: runs on a relying party, opens no socket, reads no clock."""

@@ -1,0 +1,1 @@
+"""Byte formats <-> frozen dataclasses. Standard library only; every parser is length-checked."""
