@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -57,8 +58,8 @@ class TpmInfo:
 class TpmCommands(Protocol):
     """TPM commands in bytes. Valid only inside a job of ``Tpm.run``, on the owner's thread.
 
-    Every method raises ``DeviceFault``: ``TPM_TIMEOUT``, ``TPM_IO``, ``TPM_RESET`` (the TPM lost its state), ``TPM_BUSY``
-    (out of slots), ``TPM_NV_FULL``, ``TPM_AUTH``, ``TPM_ERROR`` for the rest; argument errors are ``Misuse``.
+    Every method raises ``DeviceFault``: ``TPM_TIMEOUT``, ``TPM_IO``, ``TPM_RESET`` (the TPM lost its state),
+    ``TPM_BUSY`` (out of slots), ``TPM_NV_FULL``, ``TPM_AUTH``, ``TPM_ERROR`` for the rest; argument errors are ``Misuse``.
     """
 
     def info(self) -> TpmInfo: ...
@@ -133,6 +134,19 @@ class Tpm(Protocol):
 
     def close(self) -> None:
         """Stop the owner; jobs in the queue fail with ``TPM_CLOSED``. Idempotent."""
+
+
+class MeasurementLogs(Protocol):
+    """The logs that explain the PCRs."""
+
+    def boot(self) -> bytes | None:
+        """The firmware's TCG log, or ``None`` when the machine has none. It cannot change within a boot."""
+
+    def systemd(self) -> AbstractContextManager[bytes | None]:
+        """systemd's log, or ``None``; its writers are held off (``LOCK_SH``) while the context is open.
+
+        Raises ``Unavailable`` (``LOG_LOCKED``) when a writer keeps the lock.
+        """
 
 
 class Clock(Protocol):

@@ -1,1 +1,27 @@
-"""The workload's SDK."""
+"""The workload's SDK.
+
+from cgpu_agent.client import Agent
+
+with Agent() as agent:
+    bundle = agent.get_evidence(nonce, audience="https://relying-party.example")
+"""
+
+from cgpu_agent.client.aio import AsyncAgent
+from cgpu_agent.client.calls import Identity, Measured, Quote
+from cgpu_agent.client.sync import Admin, Agent
+from cgpu_agent.errors import AgentError, Denied, DeviceFault, Exhausted, Misuse, Unavailable
+
+__all__ = [
+    "Admin",
+    "Agent",
+    "AgentError",
+    "AsyncAgent",
+    "Denied",
+    "DeviceFault",
+    "Exhausted",
+    "Identity",
+    "Measured",
+    "Misuse",
+    "Quote",
+    "Unavailable",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -55,6 +56,10 @@ class Caller:
     def claims_bytes(self) -> bytes:
         """``claims()`` as compact JSON with sorted keys: the exact bytes that get hashed and sent."""
         return json.dumps(self.claims(), sort_keys=True, separators=(",", ":")).encode()
+
+    def digest(self) -> bytes:
+        """SHA-256 of ``claims_bytes()``: names the caller in logs that others may read."""
+        return hashlib.sha256(self.claims_bytes()).digest()
 
     def __str__(self) -> str:
         return f"uid {self.uid} pid {self.pid} ({self.unit or self.container or 'no unit'})"

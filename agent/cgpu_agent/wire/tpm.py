@@ -16,6 +16,7 @@ from cgpu_agent.wire.reader import Reader
 
 ALG_RSA = 0x0001
 ALG_SHA1 = 0x0004
+ALG_AES = 0x0006
 ALG_SHA256 = 0x000B
 ALG_SHA384 = 0x000C
 ALG_SHA512 = 0x000D
@@ -25,7 +26,9 @@ ALG_RSAES = 0x0015
 ALG_RSAPSS = 0x0016
 ALG_OAEP = 0x0017
 ALG_ECDSA = 0x0018
+ALG_ECDH = 0x0019
 ALG_ECC = 0x0023
+ALG_CFB = 0x0043
 
 HASH_NAMES: Mapping[int, str] = {
     ALG_SHA1: "sha1",
@@ -38,8 +41,14 @@ HASH_NAMES: Mapping[int, str] = {
 HASH_ALGS: Mapping[str, int] = {name: alg for alg, name in HASH_NAMES.items()}
 HASH_SIZES: Mapping[str, int] = {"sha1": 20, "sha256": 32, "sha384": 48, "sha512": 64}
 
-ECC_CURVES: Mapping[int, tuple[str, int]] = {0x0003: ("secp256r1", 32), 0x0004: ("secp384r1", 48), 0x0005: ("secp521r1", 66)}
+ECC_CURVES: Mapping[int, tuple[str, int]] = {
+    0x0003: ("secp256r1", 32),
+    0x0004: ("secp384r1", 48),
+    0x0005: ("secp521r1", 66),
+}
 """TPM_ECC_CURVE -> (name, coordinate size in bytes)."""
+
+_COORDINATE_SIZES = frozenset(size for _, size in ECC_CURVES.values())
 
 TPM_GENERATED = 0xFF544347
 ST_ATTEST_QUOTE = 0x8018
@@ -156,6 +165,8 @@ class Public:
     """TPMT_PUBLIC (Part 2, 12.2.4) of an RSA or ECC key.
 
     ``scheme`` and ``scheme_hash`` are ``None`` when the key leaves the choice to the caller (TPM_ALG_NULL).
+    ``symmetric`` is the cipher a storage key protects its children with (``None`` for other keys);
+    ``symmetric_bits`` and ``symmetric_mode`` are then its key size in bits and its TPM_ALG_ID of a mode.
     """
 
     name_alg: str
@@ -166,6 +177,8 @@ class Public:
     scheme_hash: str | None
     key: RsaKey | EccKey
     raw: bytes
+    symmetric_bits: int | None = None
+    symmetric_mode: int | None = None
 
     @property
     def name(self) -> bytes:
@@ -254,8 +267,8 @@ def parse_signature(data: bytes) -> Signature:
         hash_name = _hash_name(reader, "hash")
         # A TPM pads r and s to the size of the curve, so a leading zero is no second encoding; 66 is P-521.
         r, s = reader.sized16("signatureR", 66), reader.sized16("signatureS", 66)
-        if len(r) != len(s) or not r:
-            raise reader.fail("BAD_VALUE", "signatureR and signatureS differ in size or are empty")
+        if len(r) != len(s) or len(r) not in _COORDINATE_SIZES:
+            raise reader.fail("BAD_VALUE", "signatureR and signatureS are not both of the size of a known curve")
         signature = _der_ecdsa(r, s)
     else:
         raise reader.fail("UNKNOWN_ALGORITHM", f"signature scheme 0x{algorithm:04x}")
@@ -263,19 +276,26 @@ def parse_signature(data: bytes) -> Signature:
     return Signature(algorithm, hash_name, signature)
 
 
-def _symmetric(reader: Reader) -> int | None:
+def _symmetric(reader: Reader) -> tuple[int | None, int | None, int | None]:
     algorithm = reader.u16("symmetric")
     if algorithm == ALG_NULL:
-        return None
-    reader.u16("symmetric keyBits")
-    reader.u16("symmetric mode")
-    return algorithm
+        return None, None, None
+    return algorithm, reader.u16("symmetric keyBits"), reader.u16("symmetric mode")
 
 
-def _scheme(reader: Reader) -> tuple[int | None, str | None]:
+_SCHEMES: Mapping[int, frozenset[int]] = {
+    ALG_RSA: frozenset({ALG_RSASSA, ALG_RSAPSS, ALG_RSAES, ALG_OAEP}),
+    ALG_ECC: frozenset({ALG_ECDSA, ALG_ECDH}),
+}
+"""Key type -> schemes of a known layout. ECDAA, for one, has one field more: a guess would misread the key."""
+
+
+def _scheme(reader: Reader, kind: int) -> tuple[int | None, str | None]:
     scheme = reader.u16("scheme")
     if scheme == ALG_NULL:
         return None, None
+    if scheme not in _SCHEMES[kind]:
+        raise reader.fail("UNKNOWN_ALGORITHM", f"scheme 0x{scheme:04x} for a key of type 0x{kind:04x}")
     if scheme == ALG_RSAES:
         return scheme, None
     return scheme, _hash_name(reader, "scheme hash")
@@ -312,15 +332,30 @@ def parse_public(data: bytes) -> Public:
     name_alg = _hash_name(reader, "nameAlg")
     attributes = ObjectAttributes(reader.u32("objectAttributes"))
     policy = reader.sized16("authPolicy", 64)
-    symmetric = _symmetric(reader)
-    scheme, scheme_hash = _scheme(reader)
+    symmetric, symmetric_bits, symmetric_mode = _symmetric(reader)
+    scheme, scheme_hash = _scheme(reader, kind)
     key = _rsa_key(reader) if kind == ALG_RSA else _ecc_key(reader)
     reader.end()
-    return Public(name_alg, attributes, policy, symmetric, scheme, scheme_hash, key, bytes(data))
+    return Public(
+        name_alg=name_alg,
+        attributes=attributes,
+        auth_policy=policy,
+        symmetric=symmetric,
+        scheme=scheme,
+        scheme_hash=scheme_hash,
+        key=key,
+        raw=bytes(data),
+        symmetric_bits=symmetric_bits,
+        symmetric_mode=symmetric_mode,
+    )
 
 
 def parse_public_any(data: bytes) -> Public:
-    """Parse a TPMT_PUBLIC or a TPM2B_PUBLIC (16-bit size in front); the two cannot be confused by their bytes."""
+    """Parse a TPMT_PUBLIC or a TPM2B_PUBLIC (16-bit size in front).
+
+    The two cannot be confused: read as a TPM2B, the type at the head of a TPMT_PUBLIC is a size of 1 or 35, and what
+    follows is then a nameAlg, which is no key type.
+    """
     if len(data) >= 2 and int.from_bytes(data[:2], "big") == len(data) - 2:
         return parse_public(data[2:])
     return parse_public(data)
@@ -329,12 +364,18 @@ def parse_public_any(data: bytes) -> Public:
 def pcr_digest(values: Mapping[int, bytes], pcrs: Iterable[int], hash_name: str) -> bytes:
     """The pcrDigest of a quote: the signing scheme's hash over the PCR values in ascending order.
 
-    Raises ``HostileInput`` (``MISSING_PCR``) when a selected PCR has no value.
+    Raises ``HostileInput``: ``MISSING_PCR`` when a selected PCR has no value, ``BAD_VALUE`` when the values are not
+    digests of one size (the result covers only their concatenation, so bytes could move from one PCR to the next).
     """
-    digest = hashlib.new(hash_name)
-    for index in sorted(pcrs):
+    selected = sorted(set(pcrs))
+    for index in selected:
         if index not in values:
             raise HostileInput("MISSING_PCR", f"no value for PCR {index}, which the quote covers")
+    sizes = {len(values[index]) for index in selected}
+    if len(sizes) > 1 or not sizes <= set(HASH_SIZES.values()):
+        raise HostileInput("BAD_VALUE", "the PCR values are not digests of one size")
+    digest = hashlib.new(hash_name)
+    for index in selected:
         digest.update(values[index])
     return digest.digest()
 

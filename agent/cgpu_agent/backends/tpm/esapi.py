@@ -1,0 +1,304 @@
+"""Single TPM commands through the TSS: the one file that imports tpm2_pytss, and bytes are all that leaves it.
+
+Rule of this file, held by a lint test: a result of the library becomes bytes by ``marshal()`` at once and is read by
+our own parsers. Attributes below a result may be memory that the library has already freed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Final, NewType
+
+# The library writes every error to stderr, expected ones too; it reads this at its first call.
+os.environ.setdefault("TSS2_LOG", "all+none")
+
+from tpm2_pytss import (
+    ESAPI,
+    ESYS_TR,
+    TPM2_ALG,
+    TPM2_SE,
+    TPM2_SU,
+    TPM2B_ENCRYPTED_SECRET,
+    TPM2B_ID_OBJECT,
+    TPM2B_PRIVATE,
+    TPM2B_PUBLIC,
+    TPM2B_SENSITIVE_CREATE,
+    TPMA_SESSION,
+    TPML_DIGEST_VALUES,
+    TPML_PCR_SELECTION,
+    TPMS_CONTEXT,
+    TPMT_SIG_SCHEME,
+    TPMT_SYM_DEF,
+    PyTCTI,
+    TSS2_Exception,
+)
+
+from cgpu_agent.backends.base import Signed
+from cgpu_agent.backends.tpm.answers import parse_sized
+from cgpu_agent.backends.tpm.faults import TpmFault, from_library
+from cgpu_agent.backends.tpm.keys import sized
+from cgpu_agent.backends.tpm.transport import Transport, converse
+from cgpu_agent.errors import DeviceFault, HostileInput, Misuse
+
+Handle = NewType("Handle", int)
+"""An object or session as ESYS numbers it: valid in its context only. Not a TPM handle."""
+
+_NO_SYMMETRIC: Final = b"\x00\x10"
+
+
+class _Tcti(PyTCTI):  # type: ignore[misc]
+    """Puts a transport below ESYS. Keeps the error of a failed command, which ESYS reduces to a general failure."""
+
+    def __init__(self, transport: Transport, command_timeout: float, deadline: float) -> None:
+        super().__init__()
+        self.deadline = deadline
+        self.failure: Exception | None = None
+        self._transport: Final = transport
+        self._command_timeout: Final = command_timeout
+        self._command = b""
+
+    def do_transmit(self, command: bytes) -> None:
+        self._command = command
+
+    def do_receive(self, timeout: int) -> bytes:  # noqa: ARG002 - ESYS always passes "wait for ever"
+        deadline = min(self.deadline, time.monotonic() + self._command_timeout)
+        try:
+            return converse(self._transport, self._command, deadline)
+        except Exception as error:
+            self.failure = error
+            raise
+
+
+class Esapi:
+    """One ESYS context over one transport, for one thread.
+
+    Every method sends one command with empty passwords, unless it says otherwise, and raises ``DeviceFault`` (see
+    ``faults``); bytes that do not unmarshal are ``Misuse`` ``TPM_ARGUMENT``.
+
+    Args:
+        transport: carries the frames; closed by ``close``.
+        command_timeout: seconds for one TPM command.
+        deadline: see the attribute.
+
+    Attributes:
+        broken: a command failed below the TPM. Only ``close`` works now.
+        stale: broken, or objects were lost on the way: make a new context before the next job.
+    """
+
+    def __init__(self, transport: Transport, *, command_timeout: float, deadline: float = math.inf) -> None:
+        self._transport: Final = transport
+        self._tcti: Final = _Tcti(transport, command_timeout, deadline)
+        try:
+            self._esys: Final[Any] = ESAPI(self._tcti)
+        except TSS2_Exception as error:
+            transport.close()
+            raise DeviceFault("TPM_IO", "the TSS could not be started") from error
+        self.broken = False
+        self.stale = False
+
+    @property
+    def exclusive(self) -> bool:
+        return self._transport.exclusive
+
+    @property
+    def deadline(self) -> float:
+        """No command runs past this (``time.monotonic`` scale). Set for each job."""
+        return self._tcti.deadline
+
+    @deadline.setter
+    def deadline(self, value: float) -> None:
+        self._tcti.deadline = value
+
+    def close(self) -> None:
+        """Free the context and close the transport. Idempotent."""
+        self.broken = self.stale = True
+        self._esys.close()
+        self._transport.close()
+
+    def startup(self) -> None:
+        """TPM2_Startup(CLEAR)."""
+        self._call("Startup", self._esys.startup, TPM2_SU.CLEAR)
+
+    def capability(self, kind: int, first: int, count: int) -> bytes:
+        """TPM2_GetCapability: TPMS_CAPABILITY_DATA."""
+        _, data = self._call("GetCapability", self._esys.get_capability, kind, first, count)
+        return _bytes(data.marshal())
+
+    def read_clock(self) -> bytes:
+        """TPM2_ReadClock: TPMS_TIME_INFO."""
+        info = self._call("ReadClock", self._esys.read_clock)
+        return _bytes(info.marshal())
+
+    def get_random(self, count: int) -> bytes:
+        """TPM2_GetRandom."""
+        data = self._call("GetRandom", self._esys.get_random, count)
+        return _content(data.marshal())
+
+    def pcr_read(self, selection: bytes) -> tuple[int, bytes, bytes]:
+        """TPM2_PCR_Read: update counter, TPML_PCR_SELECTION of what was read, TPML_DIGEST."""
+        wanted = _argument(TPML_PCR_SELECTION, selection)
+        counter, chosen, values = self._call("PCR_Read", self._esys.pcr_read, wanted)
+        return int(counter), _bytes(chosen.marshal()), _bytes(values.marshal())
+
+    def pcr_extend(self, index: int, digests: bytes) -> None:
+        """TPM2_PCR_Extend by a TPML_DIGEST_VALUES."""
+        values = _argument(TPML_DIGEST_VALUES, digests)
+        self._call("PCR_Extend", self._esys.pcr_extend, ESYS_TR(index), values)
+
+    def object_at(self, tpm_handle: int) -> Handle:
+        """Refer to what lives at a TPM handle: persistent key, NV index, transient object or session.
+
+        ESYS keeps one object a handle however often it is asked for, so it is never closed here.
+        """
+        return Handle(self._call("ReadPublic", self._esys.tr_from_tpmpublic, tpm_handle))
+
+    def read_public(self, key: Handle) -> bytes:
+        """TPM2_ReadPublic: TPMT_PUBLIC."""
+        public, *_ = self._call("ReadPublic", self._esys.read_public, key)
+        return _content(public.marshal())
+
+    def create_primary(self, template: bytes) -> tuple[Handle, bytes]:
+        """TPM2_CreatePrimary from a TPMT_PUBLIC in the endorsement hierarchy: the key and its TPMT_PUBLIC."""
+        wanted = _argument(TPM2B_PUBLIC, sized(template))
+        handle, public, *_ = self._call("CreatePrimary", self._esys.create_primary, None, wanted, ESYS_TR.ENDORSEMENT)
+        return Handle(handle), _content(public.marshal())
+
+    def evict_control(self, key: Handle, tpm_handle: int) -> None:
+        """TPM2_EvictControl: copy a loaded key to a persistent handle of the owner."""
+        self._call("EvictControl", self._esys.evict_control, ESYS_TR.OWNER, key, tpm_handle)
+
+    def create(self, parent: Handle, template: bytes, auth: bytes) -> tuple[bytes, bytes]:
+        """TPM2_Create from a TPMT_PUBLIC: TPMT_PUBLIC and TPM2B_PRIVATE content of the new key."""
+        sensitive = _argument(TPM2B_SENSITIVE_CREATE, sized(sized(auth) + sized(b"")))
+        wanted = _argument(TPM2B_PUBLIC, sized(template))
+        private, public, *_ = self._call("Create", self._esys.create, parent, sensitive, wanted)
+        return _content(public.marshal()), _content(private.marshal())
+
+    def load(self, parent: Handle, public: bytes, private: bytes) -> Handle:
+        """TPM2_Load."""
+        inner = _argument(TPM2B_PRIVATE, sized(private))
+        outer = _argument(TPM2B_PUBLIC, sized(public))
+        return Handle(self._call("Load", self._esys.load, parent, inner, outer))
+
+    def context_save(self, key: Handle) -> bytes:
+        """TPM2_ContextSave: TPMS_CONTEXT, with what ESYS needs to load it again."""
+        context = self._call("ContextSave", self._esys.context_save, key)
+        return _bytes(context.marshal())
+
+    def context_load(self, context: bytes) -> Handle:
+        """TPM2_ContextLoad."""
+        saved = _argument(TPMS_CONTEXT, context)
+        return Handle(self._call("ContextLoad", self._esys.context_load, saved))
+
+    def set_auth(self, key: Handle, auth: bytes) -> None:
+        """Give later commands the password of ``key``; sends nothing."""
+        self._call("TR_SetAuth", self._esys.tr_set_auth, key, auth)
+
+    def flush(self, handle: Handle) -> None:
+        """TPM2_FlushContext. Never raises: a failure makes the context stale, so that a new one clears away."""
+        if self.broken:
+            return
+        try:
+            self._call("FlushContext", self._esys.flush_context, handle)
+        except DeviceFault:
+            self.stale = True
+
+    def quote(self, key: Handle, qualifying_data: bytes, selection: bytes) -> Signed:
+        """TPM2_Quote with the key's own scheme."""
+        pcrs = _argument(TPML_PCR_SELECTION, selection)
+        attest, signature = self._call("Quote", self._esys.quote, key, pcrs, qualifying_data)
+        return Signed(_content(attest.marshal()), _bytes(signature.marshal()))
+
+    def certify(self, key: Handle, by: Handle, qualifying_data: bytes) -> Signed:
+        """TPM2_Certify with the scheme of ``by``."""
+        scheme = TPMT_SIG_SCHEME(scheme=TPM2_ALG.NULL)
+        attest, signature = self._call("Certify", self._esys.certify, key, by, qualifying_data, scheme)
+        return Signed(_content(attest.marshal()), _bytes(signature.marshal()))
+
+    def nv_read_public(self, index: Handle) -> bytes:
+        """TPM2_NV_ReadPublic: TPM2B_NV_PUBLIC."""
+        public, _ = self._call("NV_ReadPublic", self._esys.nv_read_public, index)
+        return _bytes(public.marshal())
+
+    def nv_read(self, index: Handle, count: int, offset: int) -> bytes:
+        """TPM2_NV_Read by the owner."""
+        data = self._call("NV_Read", self._esys.nv_read, index, count, offset, ESYS_TR.OWNER)
+        return _content(data.marshal())
+
+    def start_policy_session(self, hash_algorithm: int) -> Handle:
+        """TPM2_StartAuthSession: an unsalted policy session that lives until it is flushed."""
+        none = _argument(TPMT_SYM_DEF, _NO_SYMMETRIC)
+        nobody = ESYS_TR.NONE
+        session = Handle(
+            self._call(
+                "StartAuthSession",
+                self._esys.start_auth_session,
+                nobody,
+                nobody,
+                TPM2_SE.POLICY,
+                none,
+                hash_algorithm,
+            )
+        )
+        # Otherwise the TPM ends the session by itself, but only when a command succeeds.
+        keep = TPMA_SESSION.CONTINUESESSION
+        self._call("TRSess_SetAttributes", self._esys.trsess_set_attributes, session, keep)
+        return session
+
+    def policy_secret_endorsement(self, session: Handle) -> None:
+        """TPM2_PolicySecret with the endorsement hierarchy's empty auth; expiration 0 asks for no ticket."""
+        self._call("PolicySecret", self._esys.policy_secret, ESYS_TR.ENDORSEMENT, session, expiration=0)
+
+    def activate_credential(
+        self, key: Handle, ek: Handle, id_object: bytes, encrypted_secret: bytes, session: Handle | None
+    ) -> bytes:
+        """TPM2_ActivateCredential; ``session`` authorises the EK, ``None`` stands for its empty password."""
+        blob = _argument(TPM2B_ID_OBJECT, sized(id_object))
+        secret = _argument(TPM2B_ENCRYPTED_SECRET, sized(encrypted_secret))
+        by = ESYS_TR.PASSWORD if session is None else session
+        found = self._call("ActivateCredential", self._esys.activate_credential, key, ek, blob, secret, session2=by)
+        return _content(found.marshal())
+
+    def _call(self, command: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.broken:
+            raise DeviceFault("TPM_IO", "the TPM context was closed after a failure")
+        try:
+            return function(*args, **kwargs)
+        except TSS2_Exception as error:
+            failure = self._tcti.failure
+            if isinstance(failure, DeviceFault):
+                self.broken = self.stale = True
+                raise failure from failure.__cause__
+            fault = TpmFault(int(error.rc), command)
+            if from_library(fault.code):
+                self.broken = self.stale = True
+            elif fault.slug == "TPM_RESET":
+                self.stale = True
+            raise fault from (failure or error)
+        except Exception as error:
+            self.broken = self.stale = True
+            raise DeviceFault("TPM_IO", f"the answer to TPM2_{command} could not be used") from error
+
+
+def _argument(kind: Any, data: bytes) -> Any:
+    try:
+        value, used = kind.unmarshal(data)
+    except TSS2_Exception as error:
+        raise Misuse("TPM_ARGUMENT", f"not a {kind.__name__}") from error
+    if used != len(data):
+        raise Misuse("TPM_ARGUMENT", f"not exactly one {kind.__name__}")
+    return value
+
+
+def _bytes(marshalled: Any) -> bytes:
+    return bytes(marshalled)
+
+
+def _content(marshalled: Any) -> bytes:
+    try:
+        return parse_sized(_bytes(marshalled), "TPM2B")
+    except HostileInput as error:
+        raise DeviceFault("TPM_ERROR", "an answer of the TPM breaks its format") from error

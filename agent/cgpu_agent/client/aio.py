@@ -1,0 +1,94 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import grpc
+
+from cgpu_agent.client import calls
+from cgpu_agent.client.connect import CHANNEL_OPTIONS, STUBS, find_socket, translate
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+R = TypeVar("R")
+
+
+class AsyncAgent:
+    """A connection to the agent of this VM, for one event loop.
+
+    Methods, arguments and errors are those of ``Agent``.
+
+    Args:
+        socket: path of the agent's socket; by default ``CGPU_AGENT_SOCKET``, else /run/cgpu-agent/agent.sock.
+        timeout: seconds each call may take.
+    """
+
+    def __init__(self, socket: str | None = None, *, timeout: float = 60.0) -> None:
+        self.socket = find_socket(socket)
+        self._timeout = timeout
+        self._channel = grpc.aio.insecure_channel(f"unix:{self.socket}", options=CHANNEL_OPTIONS)
+        self._stubs = {name: stub(self._channel) for name, stub in STUBS.items()}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection. Idempotent."""
+        await self._channel.close()
+
+    async def _run(self, call: calls.Call[R]) -> R:
+        try:
+            answer = await getattr(self._stubs[call.service], call.method)(call.request, timeout=self._timeout)
+        except grpc.RpcError as error:
+            raise translate(error, self.socket) from None
+        return call.convert(answer)
+
+    async def get_evidence(
+        self, nonce: bytes, audience: str, *, user_data: bytes | None = None, public_key: bytes | None = None
+    ) -> bytes:
+        """A bundle to send to a relying party.
+
+        Args:
+            nonce: 8-64 bytes from the relying party.
+            audience: the relying party's name, as it will check it.
+            user_data: up to 64 bytes to bind; or
+            public_key: your public key (DER SubjectPublicKeyInfo) to bind.
+        """
+        return await self._run(calls.get_evidence(nonce, audience, user_data, public_key))
+
+    async def get_identity(self) -> calls.Identity:
+        """The VM's TPM keys and certificates."""
+        return await self._run(calls.get_identity())
+
+    async def get_quote(self, nonce: bytes, pcrs: Sequence[int] = ()) -> calls.Quote:
+        """A quote whose extraData names you and ``nonce`` (8-64 bytes); PCRs 0-15 unless given."""
+        return await self._run(calls.get_quote(nonce, pcrs))
+
+    async def get_raw_quote(self, nonce: bytes, pcrs: Sequence[int] = ()) -> calls.Quote:
+        """A quote over ``nonce`` (1-48 bytes) verbatim. Denied unless the operator granted ``boot.raw_quote``."""
+        return await self._run(calls.get_raw_quote(nonce, pcrs))
+
+    async def read_pcrs(self, pcrs: Sequence[int] = ()) -> dict[int, bytes]:
+        """Current SHA-256 PCR values; not evidence."""
+        return await self._run(calls.read_pcrs(pcrs))
+
+    async def get_event_log(self, kind: calls.LogKind = "boot") -> bytes:
+        """A measurement log."""
+        return await self._run(calls.get_event_log(kind))
+
+    async def measure_event(self, content: bytes) -> calls.Measured:
+        """Measure an event (1-1024 bytes) under your name. Denied unless the operator granted ``boot.measure``."""
+        return await self._run(calls.measure_event(content))
+
+    async def activate_credential(self, ek: Literal["rsa", "ecc"], credential_blob: bytes, secret: bytes) -> bytes:
+        """Open a credential made for this VM's EK and platform AK. Denied unless granted."""
+        return await self._run(calls.activate_credential(ek, credential_blob, secret))

@@ -1,0 +1,145 @@
+"""Each API method once: its request, and what its answer becomes. Sync and async clients differ only in waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from cgpu_agent.api.v1 import admin_pb2, evidence_pb2, measured_boot_pb2
+from cgpu_agent.errors import Misuse
+
+R = TypeVar("R")
+
+boot_pb = measured_boot_pb2
+
+LogKind = Literal["boot", "systemd", "agent"]
+
+_LOG_KINDS: dict[str, boot_pb.EventLogKind.ValueType] = {
+    "boot": boot_pb.EVENT_LOG_KIND_BOOT,
+    "systemd": boot_pb.EVENT_LOG_KIND_SYSTEMD,
+    "agent": boot_pb.EVENT_LOG_KIND_AGENT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """A TPM2_Quote by the platform AK.
+
+    Attributes:
+        attest: TPMS_ATTEST; ``signature``: TPMT_SIGNATURE.
+        caller_claims: who you are, as the kernel says, in the bytes that went into extraData; empty for a raw quote.
+        pcrs: SHA-256 values the quote covers.
+    """
+
+    attest: bytes
+    signature: bytes
+    caller_claims: bytes
+    pcrs: dict[int, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The VM's TPM keys; see ``GetIdentityResponse`` in the protos."""
+
+    platform_ak: bytes
+    platform_ak_certificate: bytes | None
+    agent_ak: bytes
+    agent_ak_certify_attest: bytes
+    agent_ak_certify_signature: bytes
+    ek_certificates: tuple[bytes, ...]
+    ek_rsa: bytes
+    ek_ecc: bytes
+    manufacturer: str
+    reset_count: int
+    restart_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """An event that is now in the agent register and log."""
+
+    sequence: int
+    digest: bytes
+    pcr: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[R]):
+    """One call, ready to be made."""
+
+    service: Literal["MeasuredBoot", "Evidence", "Admin"]
+    method: str
+    request: Any
+    convert: Callable[[Any], R]
+
+
+def get_evidence(nonce: bytes, audience: str, user_data: bytes | None, public_key: bytes | None) -> Call[bytes]:
+    if user_data is not None and public_key is not None:
+        raise Misuse("BAD_BINDING", "bind user_data or public_key, not both")
+    request = evidence_pb2.GetEvidenceRequest(nonce=nonce, audience=audience)
+    if user_data is not None:
+        request.user_data = user_data
+    if public_key is not None:
+        request.public_key = public_key
+    return Call("Evidence", "GetEvidence", request, lambda answer: answer.bundle)
+
+
+def get_identity() -> Call[Identity]:
+    return Call("MeasuredBoot", "GetIdentity", boot_pb.GetIdentityRequest(), _identity)
+
+
+def _identity(answer: boot_pb.GetIdentityResponse) -> Identity:
+    return Identity(
+        answer.platform_ak,
+        answer.platform_ak_certificate or None,
+        answer.agent_ak,
+        answer.agent_ak_certify.attest,
+        answer.agent_ak_certify.signature,
+        tuple(answer.ek_certificates),
+        answer.ek_rsa,
+        answer.ek_ecc,
+        answer.manufacturer,
+        answer.reset_count,
+        answer.restart_count,
+    )
+
+
+def get_quote(nonce: bytes, pcrs: Sequence[int]) -> Call[Quote]:
+    return Call("MeasuredBoot", "GetQuote", boot_pb.GetQuoteRequest(nonce=nonce, pcrs=pcrs), _quote)
+
+
+def get_raw_quote(nonce: bytes, pcrs: Sequence[int]) -> Call[Quote]:
+    return Call("MeasuredBoot", "GetRawQuote", boot_pb.GetRawQuoteRequest(nonce=nonce, pcrs=pcrs), _quote)
+
+
+def _quote(answer: boot_pb.GetQuoteResponse | boot_pb.GetRawQuoteResponse) -> Quote:
+    claims = answer.caller_claims if isinstance(answer, boot_pb.GetQuoteResponse) else b""
+    return Quote(answer.quote.attest, answer.quote.signature, claims, dict(answer.pcrs.values))
+
+
+def read_pcrs(pcrs: Sequence[int]) -> Call[dict[int, bytes]]:
+    request = boot_pb.ReadPcrsRequest(pcrs=pcrs)
+    return Call("MeasuredBoot", "ReadPcrs", request, lambda answer: dict(answer.pcrs.values))
+
+
+def get_event_log(kind: LogKind) -> Call[bytes]:
+    if kind not in _LOG_KINDS:
+        raise Misuse("BAD_LOG_KIND", "name the log: boot, systemd or agent")
+    request = boot_pb.GetEventLogRequest(kind=_LOG_KINDS[kind])
+    return Call("MeasuredBoot", "GetEventLog", request, lambda answer: answer.log)
+
+
+def measure_event(content: bytes) -> Call[Measured]:
+    request = boot_pb.MeasureEventRequest(content=content)
+    return Call("MeasuredBoot", "MeasureEvent", request, lambda a: Measured(a.sequence, a.digest, a.pcr))
+
+
+def activate_credential(ek: Literal["rsa", "ecc"], credential_blob: bytes, secret: bytes) -> Call[bytes]:
+    kind = boot_pb.EK_KIND_RSA if ek == "rsa" else boot_pb.EK_KIND_ECC
+    request = boot_pb.ActivateCredentialRequest(ek=kind, credential_blob=credential_blob, secret=secret)
+    return Call("MeasuredBoot", "ActivateCredential", request, lambda answer: answer.certinfo)
+
+
+def get_status() -> Call[admin_pb2.GetStatusResponse]:
+    return Call("Admin", "GetStatus", admin_pb2.GetStatusRequest(), lambda answer: answer)

@@ -1,0 +1,117 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import grpc
+
+from cgpu_agent.api.v1 import admin_pb2
+from cgpu_agent.client import calls
+from cgpu_agent.client.connect import CHANNEL_OPTIONS, STUBS, find_socket, translate
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+R = TypeVar("R")
+
+
+class Agent:
+    """A connection to the agent of this VM. Thread-safe; do not use it across a fork.
+
+    Every method raises ``cgpu_agent.errors.AgentError``: ``Denied``, ``Misuse``, ``Exhausted``, ``Unavailable``
+    (nobody there, not ready, or evidence is refused), ``DeviceFault``. ``slug`` says which, ``retry_after`` whether
+    to try again.
+
+    Args:
+        socket: path of the agent's socket; by default ``CGPU_AGENT_SOCKET``, else /run/cgpu-agent/agent.sock.
+        timeout: seconds each call may take.
+    """
+
+    def __init__(self, socket: str | None = None, *, timeout: float = 60.0) -> None:
+        self.socket = find_socket(socket)
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(f"unix:{self.socket}", options=CHANNEL_OPTIONS)
+        self._stubs = {name: stub(self._channel) for name, stub in STUBS.items()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        self._channel.close()
+
+    def _run(self, call: calls.Call[R]) -> R:
+        try:
+            answer = getattr(self._stubs[call.service], call.method)(call.request, timeout=self._timeout)
+        except grpc.RpcError as error:
+            raise translate(error, self.socket) from None
+        return call.convert(answer)
+
+    def get_evidence(
+        self, nonce: bytes, audience: str, *, user_data: bytes | None = None, public_key: bytes | None = None
+    ) -> bytes:
+        """A bundle to send to a relying party.
+
+        Args:
+            nonce: 8-64 bytes from the relying party.
+            audience: the relying party's name, as it will check it.
+            user_data: up to 64 bytes to bind; or
+            public_key: your public key (DER SubjectPublicKeyInfo) to bind.
+        """
+        return self._run(calls.get_evidence(nonce, audience, user_data, public_key))
+
+    def get_identity(self) -> calls.Identity:
+        """The VM's TPM keys and certificates."""
+        return self._run(calls.get_identity())
+
+    def get_quote(self, nonce: bytes, pcrs: Sequence[int] = ()) -> calls.Quote:
+        """A quote whose extraData names you and ``nonce`` (8-64 bytes); PCRs 0-15 unless given."""
+        return self._run(calls.get_quote(nonce, pcrs))
+
+    def get_raw_quote(self, nonce: bytes, pcrs: Sequence[int] = ()) -> calls.Quote:
+        """A quote over ``nonce`` (1-48 bytes) verbatim. Denied unless the operator granted ``boot.raw_quote``."""
+        return self._run(calls.get_raw_quote(nonce, pcrs))
+
+    def read_pcrs(self, pcrs: Sequence[int] = ()) -> dict[int, bytes]:
+        """Current SHA-256 PCR values; not evidence."""
+        return self._run(calls.read_pcrs(pcrs))
+
+    def get_event_log(self, kind: calls.LogKind = "boot") -> bytes:
+        """A measurement log."""
+        return self._run(calls.get_event_log(kind))
+
+    def measure_event(self, content: bytes) -> calls.Measured:
+        """Measure an event (1-1024 bytes) under your name. Denied unless the operator granted ``boot.measure``."""
+        return self._run(calls.measure_event(content))
+
+    def activate_credential(self, ek: Literal["rsa", "ecc"], credential_blob: bytes, secret: bytes) -> bytes:
+        """Open a credential made for this VM's EK and platform AK. Denied unless granted."""
+        return self._run(calls.activate_credential(ek, credential_blob, secret))
+
+
+class Admin:
+    """A connection to the agent's admin socket, for operators."""
+
+    def __init__(self, socket: str | None = None, *, timeout: float = 10.0) -> None:
+        self.socket = find_socket(socket, admin=True)
+        self._timeout = timeout
+        self._channel = grpc.insecure_channel(f"unix:{self.socket}", options=CHANNEL_OPTIONS)
+
+    def get_status(self) -> admin_pb2.GetStatusResponse:
+        """What the agent is doing. Raises ``AgentError``."""
+        call = calls.get_status()
+        try:
+            return call.convert(STUBS["Admin"](self._channel).GetStatus(call.request, timeout=self._timeout))
+        except grpc.RpcError as error:
+            raise translate(error, self.socket) from None
+
+    def close(self) -> None:
+        self._channel.close()

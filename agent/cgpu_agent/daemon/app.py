@@ -1,0 +1,267 @@
+"""Builds the daemon out of its parts and runs it: the only module that names concrete devices."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import structlog
+
+from cgpu_agent import __version__
+from cgpu_agent.backends.logs import SystemLogs
+from cgpu_agent.backends.tpm.owner import TpmOwner
+from cgpu_agent.backends.tpm.transport import open_tpm
+from cgpu_agent.daemon import config as configuration
+from cgpu_agent.daemon import logging as journal
+from cgpu_agent.daemon import status
+from cgpu_agent.daemon.build import build_digest
+from cgpu_agent.daemon.config import Config
+from cgpu_agent.daemon.notify import Notifier, activated_sockets
+from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded
+from cgpu_agent.daemon.watchdog import Watchdog
+from cgpu_agent.domain.core import Core, Settings, is_final
+from cgpu_agent.domain.policy import Policy
+from cgpu_agent.domain.quota import InFlight
+from cgpu_agent.domain.store import Store
+from cgpu_agent.errors import AgentError, Misuse
+from cgpu_agent.rpc.addresses import adopt_listener, bind_listener
+from cgpu_agent.rpc.admission import DoorLimits
+from cgpu_agent.rpc.environment import self_check_environment
+from cgpu_agent.rpc.identify import Identifier
+from cgpu_agent.rpc.methods import admin_authorizer, public_authorizer
+
+_DRAIN_SECONDS = 5.0
+_STATUS_SECONDS = 1.0
+
+log = structlog.get_logger()
+
+
+class SystemClock:
+    """The kernel's clocks."""
+
+    def monotonic(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def time(self) -> float:
+        return time.time()
+
+
+class App:
+    """One run of the daemon.
+
+    Args:
+        config: as loaded.
+        config_path: where to read it again at a reload; ``None`` = defaults, nothing to read.
+        notifier: the service manager's ear.
+    """
+
+    def __init__(self, config: Config, config_path: Path | None, notifier: Notifier) -> None:
+        self._config = config
+        self._config_path = config_path
+        self._notifier = notifier
+        self._policy = Policy(config.grants)
+        self._reload_problem: str | None = None
+        self._capabilities = self_check_environment()
+        self._build = build_digest()
+        sockets = activated_sockets()
+        unknown = sockets.keys() - {"api", "admin"}
+        if unknown:
+            raise Misuse("BAD_CONFIG", f"systemd handed over sockets that are not api or admin: {', '.join(unknown)}")
+        private = Path(config.runtime_dir)
+        self._tpm = TpmOwner(open_tpm(config.tpm.device), command_timeout=config.tpm.command_seconds)
+        self._core = Core(
+            tpm=self._tpm,
+            logs=SystemLogs(self._boot_log_paths(), Path(config.logs.systemd)),
+            store=Store(private),
+            clock=SystemClock(),
+            settings=self._settings(),
+        )
+        limits = DoorLimits(max_connections=config.limits.connections, max_per_uid=config.limits.connections_per_uid)
+        identifier = Identifier(self._capabilities)
+        in_flight = InFlight(config.limits.calls_per_uid, config.limits.calls)
+        api = adopt_listener(sockets["api"]) if "api" in sockets else bind_listener(config.sockets.api, 0o666)
+        admin = adopt_listener(sockets["admin"]) if "admin" in sockets else bind_listener(config.sockets.admin, 0o600)
+        self._public = guarded(
+            "api",
+            api,
+            private / "a",
+            identifier,
+            public_authorizer(lambda: self._policy),
+            in_flight,
+            limits,
+            add_public(self._core),
+        )
+        self._admin = guarded(
+            "admin",
+            admin,
+            private / "b",
+            identifier,
+            admin_authorizer(os.geteuid()),
+            InFlight(16, 16),
+            DoorLimits(max_connections=16, max_per_uid=8),
+            add_admin(self._status),
+        )
+        self._watchdog = Watchdog(
+            notifier,
+            {
+                "TPM thread": (self._tpm.heartbeat_age, 2.0 * config.tpm.request_seconds),
+                "front door": (self._public.door.heartbeat_age, 10.0),
+                "admin door": (self._admin.door.heartbeat_age, 10.0),
+            },
+        )
+        self._started = time.monotonic()
+
+    def _boot_log_paths(self) -> list[Path]:
+        paths = [Path(self._config.logs.boot)]
+        credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+        if credentials:
+            paths.insert(0, Path(credentials) / "eventlog")
+        return paths
+
+    def _agent_digests(self) -> dict[str, str]:
+        return {
+            "build": self._build,
+            "config": self._config.digest,
+            "policy": self._config.policy_digest,
+            "version": __version__,
+        }
+
+    def _settings(self) -> Settings:
+        tpm = self._config.tpm
+        return Settings(
+            boot_id=Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip(),
+            platform_ak_handle=tpm.platform_ak_handle,
+            create_platform_ak=self._config.create_platform_ak,
+            register=tpm.register,
+            evidence_pcrs=tpm.evidence_pcrs,
+            agent=self._agent_digests(),
+            request_seconds=tpm.request_seconds,
+            identity_strength=self._capabilities.identity_strength,
+        )
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            AgentError: the daemon could not begin to serve.
+        """
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        # Before READY=1: a reload signal that arrives early must not kill.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        reloads: set[asyncio.Task[None]] = set()
+
+        def reload() -> None:
+            task = asyncio.create_task(self._reload())
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, reload)
+        self._notifier.status("Starting")
+        for server in self._servers:
+            await server.start()
+        establishing = asyncio.create_task(self._establish())
+        # Give the TPM a moment, so that "started" usually means "serving"; but a silent TPM is a state to show, not a
+        # reason to fail the start.
+        await asyncio.wait([establishing], timeout=self._config.tpm.request_seconds)
+        await self._show()
+        self._notifier.ready()
+        log.info("ready", version=__version__, socket=self._public.public_path)
+        ticking = asyncio.create_task(self._tick())
+        try:
+            await stop.wait()
+        finally:
+            await self._shut(establishing, ticking)
+
+    @property
+    def _servers(self) -> tuple[Guarded, Guarded]:
+        return self._public, self._admin
+
+    async def _shut(self, *tasks: asyncio.Task[None]) -> None:
+        self._notifier.stopping()
+        self._core.stop()
+        self._notifier.status("Stopping: finishing running calls")
+        log.info("stopping")
+        for task in tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await asyncio.gather(*(server.stop(_DRAIN_SECONDS) for server in self._servers))
+        await asyncio.get_running_loop().run_in_executor(None, self._tpm.close)
+
+    async def _establish(self) -> None:
+        """Reach the TPM, patiently: a vTPM may come late, or come back."""
+        wait = 1.0
+        while True:
+            try:
+                await self._core.establish()
+            except AgentError as error:
+                final = is_final(error)
+                log.error("evidence is not available", reason=error.slug, why=error.message, final=final)
+                await self._show()
+                if final:
+                    return
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, 30.0)
+            else:
+                log.info("serving evidence", agent_ak=self._core.boot.keys.agent_ak_name.hex())
+                return
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_STATUS_SECONDS)
+            self._watchdog.feed(time.monotonic())
+            await self._show()
+
+    async def _show(self) -> None:
+        """Make systemd's line and grpc.health tell the same truth."""
+        serving = self._core.state() in ("serving", "degraded")
+        await self._public.set_serving(serving)
+        await self._admin.set_serving(True)
+        line = status.line(self._core, self._servers, self._watchdog.stuck(time.monotonic()), self._reload_problem)
+        self._notifier.status(line)
+
+    async def _reload(self) -> None:
+        """Read the configuration again; a bad file changes nothing but the status line."""
+        self._notifier.reloading()
+        try:
+            fresh = configuration.load(self._config_path)
+        except Misuse as error:
+            self._reload_problem = error.message
+            log.error("configuration not reloaded", why=error.message)
+        else:
+            await self._apply(fresh)
+        await self._show()
+        self._notifier.ready()
+
+    async def _apply(self, fresh: Config) -> None:
+        fixed = [
+            name
+            for name in ("runtime_dir", "sockets", "tpm", "logs", "limits")
+            if getattr(fresh, name) != getattr(self._config, name)
+        ]
+        self._reload_problem = f"restart to apply changes to {', '.join(fixed)}" if fixed else None
+        changed = fresh.source != self._config.source
+        journal.configure(fresh.log_level)
+        self._config = fresh
+        self._policy = Policy(fresh.grants)
+        if changed:
+            await self._core.reloaded(self._agent_digests())
+        log.info("configuration reloaded", changed=changed, restart_for=fixed)
+
+    def _status(self) -> status.pb.GetStatusResponse:
+        return status.compose(
+            self._core,
+            self._servers,
+            self._watchdog.stuck(time.monotonic()),
+            self._reload_problem,
+            uptime=time.monotonic() - self._started,
+            register=self._config.tpm.register,
+            evidence_pcrs=self._config.tpm.evidence_pcrs,
+            identity_strength=self._capabilities.identity_strength,
+        )

@@ -1,0 +1,209 @@
+"""The configuration file: TOML -> frozen dataclasses. An unknown key or a bad value is an error that names it."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from cgpu_agent.backends.base import AkAlgorithm
+from cgpu_agent.domain.policy import Action, Grant
+from cgpu_agent.errors import Misuse
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - the same parser under its older name
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+MAX_FILE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """Paths bound where systemd does not hand over sockets named ``api`` and ``admin``."""
+
+    api: str = "/run/cgpu-agent/agent.sock"
+    admin: str = "/run/cgpu-agent/admin.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class TpmConfig:
+    """The vTPM. ``create_platform_ak``: what to make where no key is at ``platform_ak_handle``; "no" = refuse."""
+
+    device: str = "device:/dev/tpmrm0"
+    platform_ak_handle: int = 0x81000003
+    create_platform_ak: Literal["rsa", "ecc", "no"] = "rsa"
+    register: int = 13
+    evidence_pcrs: tuple[int, ...] = tuple(range(16))
+    command_seconds: int = 10
+    request_seconds: int = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Logs:
+    """Where the measurement logs are. The unit's credential ``eventlog`` is looked at before ``boot``."""
+
+    boot: str = "/sys/kernel/security/tpm0/binary_bios_measurements"
+    systemd: str = "/run/log/systemd/tpm2-measure.log"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on what callers can hold: connections before, running calls after they are identified."""
+
+    connections: int = 1024
+    connections_per_uid: int = 64
+    calls: int = 2048
+    calls_per_uid: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything the daemon can be told."""
+
+    log_level: LogLevel = "info"
+    runtime_dir: str = "/run/cgpu-agent/private"
+    sockets: Sockets = field(default_factory=Sockets)
+    tpm: TpmConfig = field(default_factory=TpmConfig)
+    logs: Logs = field(default_factory=Logs)
+    limits: Limits = field(default_factory=Limits)
+    grants: tuple[Grant, ...] = ()
+    source: bytes = b""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 hex of the file as it was read: what evidence states of it."""
+        return hashlib.sha256(self.source).hexdigest()
+
+    @property
+    def policy_digest(self) -> str:
+        """SHA-256 hex of the grants alone."""
+        lines = [f"{grant.action.value} uid={grant.uid} unit={grant.unit!r}" for grant in self.grants]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @property
+    def create_platform_ak(self) -> AkAlgorithm | None:
+        return None if self.tpm.create_platform_ak == "no" else self.tpm.create_platform_ak
+
+
+def _bad(message: str) -> Misuse:
+    return Misuse("BAD_CONFIG", message)
+
+
+def load(path: Path | None) -> Config:
+    """Read a configuration file; ``None`` = the defaults.
+
+    Raises:
+        Misuse: ``BAD_CONFIG``, with the table and key at fault.
+    """
+    if path is None:
+        return Config()
+    try:
+        with path.open("rb") as file:
+            source = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise _bad(f"{path} cannot be read: {error.strerror}") from error
+    if len(source) > MAX_FILE:
+        raise _bad(f"{path} is larger than {MAX_FILE} bytes")
+    try:
+        document = tomllib.loads(source.decode("utf-8"))
+    except ValueError as error:  # TOML and UTF-8 errors; the file is the operator's own, so its text may be shown
+        raise _bad(f"{path}: {error}") from error
+    return parse(document, source)
+
+
+def parse(document: dict[str, Any], source: bytes = b"") -> Config:
+    """Check a parsed document. Raises ``Misuse`` (``BAD_CONFIG``)."""
+    document = dict(document)
+    grants = document.pop("grant", [])
+    if not isinstance(grants, list):
+        raise _bad("grant must be a list of tables ([[grant]])")
+    config = _table(Config, document, "", skip=("grants", "source"))
+    config = _replace(
+        config, grants=tuple(_grant(entry, number) for number, entry in enumerate(grants)), source=source
+    )
+    _check(config)
+    return config
+
+
+def _replace(config: Config, **changes: Any) -> Config:
+    values = {entry.name: getattr(config, entry.name) for entry in fields(config)}
+    return Config(**{**values, **changes})
+
+
+_TABLES: dict[str, type[Any]] = {"sockets": Sockets, "tpm": TpmConfig, "logs": Logs, "limits": Limits}
+
+
+def _table(kind: type[T], document: dict[str, Any], where: str, skip: tuple[str, ...] = ()) -> T:
+    hints = {entry.name: entry for entry in fields(kind) if entry.name not in skip}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        name = f"{where}{key}"
+        if key not in hints:
+            raise _bad(f"unknown key {name!r}; known here: {', '.join(sorted(hints))}")
+        if not where and key in _TABLES:
+            if not isinstance(value, dict):
+                raise _bad(f"{name} must be a table ([{name}])")
+            values[key] = _table(_TABLES[key], value, f"{name}.")
+        else:
+            values[key] = _value(str(hints[key].type), value, name)
+    return kind(**values)
+
+
+def _value(annotation: str, value: Any, name: str) -> Any:
+    if annotation == "int":
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 0xFFFFFFFF:
+            raise _bad(f"{name} must be a whole number")
+        return value
+    if annotation == "str":
+        if not isinstance(value, str) or not value:
+            raise _bad(f"{name} must be text")
+        return value
+    if annotation.startswith("tuple"):
+        if not isinstance(value, list) or not all(isinstance(v, int) and 0 <= v <= 23 for v in value) or not value:
+            raise _bad(f"{name} must be a list of PCR indices")
+        return tuple(sorted(set(value)))
+    allowed = get_args(LogLevel) if annotation == "LogLevel" else ("rsa", "ecc", "no")
+    if value not in allowed:
+        raise _bad(f"{name} must be one of {', '.join(allowed)}")
+    return value
+
+
+def _grant(entry: Any, number: int) -> Grant:
+    where = f"grant[{number}]"
+    if not isinstance(entry, dict) or not entry.keys() <= {"action", "uid", "unit"}:
+        raise _bad(f"{where} has keys other than action, uid and unit")
+    try:
+        action = Action(entry.get("action"))
+    except ValueError:
+        known = ", ".join(sorted(a.value for a in Action))
+        raise _bad(f"{where}.action is not one of {known}") from None
+    uid, unit = entry.get("uid"), entry.get("unit")
+    if uid is not None:
+        _value("int", uid, f"{where}.uid")
+    if unit is not None:
+        _value("str", unit, f"{where}.unit")
+    if uid is None and unit is None:
+        raise _bad(f"{where} names nobody: give uid, unit, or both")
+    return Grant(action, uid, unit)
+
+
+def _check(config: Config) -> None:
+    tpm = config.tpm
+    if tpm.register in (16, 23) or tpm.register > 23:
+        raise _bad("tpm.register must be a PCR that cannot be reset: 0-15 or 17-22, best 13")
+    if tpm.register not in tpm.evidence_pcrs:
+        raise _bad("tpm.evidence_pcrs must hold tpm.register")
+    if not 0x81000000 <= tpm.platform_ak_handle <= 0x81FFFFFF:
+        raise _bad("tpm.platform_ak_handle must be a persistent handle, 0x81000000-0x81ffffff")
+    if min(tpm.command_seconds, tpm.request_seconds) < 1 or tpm.request_seconds < tpm.command_seconds:
+        raise _bad("tpm.request_seconds must be at least tpm.command_seconds, both at least 1")
+    if min(config.limits.connections, config.limits.connections_per_uid) < 1:
+        raise _bad("limits must be at least 1")
+    if min(config.limits.calls, config.limits.calls_per_uid) < 1:
+        raise _bad("limits must be at least 1")

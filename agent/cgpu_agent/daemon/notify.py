@@ -1,0 +1,68 @@
+"""systemd's side of the daemon: readiness, status line, watchdog pings, and the sockets it hands over.
+
+Protocol: sd_notify(3), sd_listen_fds(3). A datagram and three environment variables need no library.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+
+class Notifier:
+    """Sends state to the service manager; silent where there is none."""
+
+    def __init__(self) -> None:
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        self._address = f"\0{address[1:]}" if address.startswith("@") else address
+        period = os.environ.pop("WATCHDOG_USEC", "")
+        pid = os.environ.pop("WATCHDOG_PID", "")
+        mine = not pid or pid == str(os.getpid())
+        self.watchdog_seconds: float | None = int(period) / 1e6 if mine and period.isdigit() and int(period) else None
+        """Period within which systemd wants a ping, ``None`` where it wants none."""
+        self._status = ""
+
+    def _send(self, *lines: str) -> None:
+        if not self._address:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            try:
+                sock.sendto("\n".join(lines).encode(), self._address)
+            except OSError:
+                return  # a manager that does not listen must not stop the service
+
+    def status(self, line: str) -> None:
+        """Set the line that ``systemctl status`` shows; sent only when it changed."""
+        line = " ".join(line.split())
+        if line != self._status:
+            self._status = line
+            self._send(f"STATUS={line}")
+
+    def ready(self) -> None:
+        self._send("READY=1")
+
+    def reloading(self) -> None:
+        self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def stopping(self) -> None:
+        self._send("STOPPING=1")
+
+    def ping(self) -> None:
+        self._send("WATCHDOG=1")
+
+
+def activated_sockets() -> dict[str, socket.socket]:
+    """Sockets from systemd by ``FileDescriptorName=``; the variables are removed, so that no child sees them."""
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    names = os.environ.pop("LISTEN_FDNAMES", "")
+    os.environ.pop("LISTEN_PIDFDID", None)
+    if pid != str(os.getpid()) or not count.isdigit():
+        return {}
+    labels = names.split(":") if names else []
+    found: dict[str, socket.socket] = {}
+    for offset in range(min(int(count), 16)):
+        sock = socket.socket(fileno=3 + offset)
+        sock.set_inheritable(False)
+        found[labels[offset] if offset < len(labels) else f"unknown-{offset}"] = sock
+    return found

@@ -1,0 +1,165 @@
+"""The public and the admin gRPC server, each behind a front door of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cgpu_agent.api.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    evidence_pb2,
+    evidence_pb2_grpc,
+    measured_boot_pb2,
+    measured_boot_pb2_grpc,
+)
+from cgpu_agent.domain.caller import Caller
+from cgpu_agent.domain.core import Core
+from cgpu_agent.domain.policy import Decision
+from cgpu_agent.domain.quota import InFlight
+from cgpu_agent.rpc.addresses import Listener
+from cgpu_agent.rpc.admin import AdminService
+from cgpu_agent.rpc.admission import DoorLimits
+from cgpu_agent.rpc.evidence import EvidenceService
+from cgpu_agent.rpc.frontdoor import FrontDoor
+from cgpu_agent.rpc.identify import Identifier
+from cgpu_agent.rpc.interceptor import Gate, current_caller
+from cgpu_agent.rpc.measured_boot import MeasuredBootService
+
+MAX_REQUEST = 64 << 10
+MAX_RESPONSE = 32 << 20
+
+SELF_CHECK = "/cgpu.agent.internal.SelfCheck/Pid"
+"""Answers the caller's pid, to the daemon itself only: how it proves at start that identities reach handlers."""
+
+
+@dataclass(slots=True)
+class Guarded:
+    """One server, its gate and its door."""
+
+    name: str
+    server: grpc.aio.Server
+    gate: Gate
+    door: FrontDoor
+    public_path: str
+    health: Any
+
+    async def start(self) -> None:
+        """Serve; first prove that the door identifies.
+
+        Raises:
+            Unavailable: ``FRONTDOOR_SELF_CHECK``.
+        """
+        await self.server.start()
+        self.door.start()
+        await self.door.verify_self(self._probe)
+
+    async def _probe(self) -> int:
+        async with grpc.aio.insecure_channel(
+            f"unix:{self.public_path}", options=(("grpc.use_local_subchannel_pool", 1),)
+        ) as channel:
+            call: Any = channel.unary_unary(SELF_CHECK)
+            return int(await call(b"", timeout=5))
+
+    async def set_serving(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self.health.set("", status)
+
+    async def stop(self, grace: float) -> None:
+        """Take no new callers, let running calls end within ``grace`` seconds, then cut."""
+        self.door.stop_accepting()
+        await self.health.enter_graceful_shutdown()
+        await self.server.stop(grace)
+        self.door.close()
+
+
+class _SelfCheck(grpc.GenericRpcHandler):
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        if handler_call_details.method != SELF_CHECK:
+            return None
+
+        async def answer(_request: bytes, _context: Any) -> bytes:
+            return str(current_caller().pid).encode()
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+def with_self_check(authorize: Callable[[Caller, str], Decision]) -> Callable[[Caller, str], Decision]:
+    """Let this very process, and nobody else, run the self check."""
+
+    def decide(caller: Caller, method: str) -> Decision:
+        if method == SELF_CHECK:
+            return Decision(caller.pid == os.getpid(), "self-check")
+        return authorize(caller, method)
+
+    return decide
+
+
+def guarded(
+    name: str,
+    listener: Listener,
+    private_dir: Path,
+    identifier: Identifier,
+    authorize: Callable[[Caller, str], Decision],
+    in_flight: InFlight,
+    limits: DoorLimits,
+    add_services: Callable[[grpc.aio.Server], tuple[str, ...]],
+) -> Guarded:
+    """Build a server on a private socket and a door in front of it; nothing is started.
+
+    Args:
+        private_dir: directory of mode 0700 for this server alone.
+        add_services: registers the services and returns their full names, for reflection.
+    """
+    private_dir.mkdir(mode=0o700, exist_ok=True)
+    for stale in private_dir.iterdir():
+        stale.unlink()
+    inner = str(private_dir / "s")
+    door = FrontDoor([listener], inner, identifier, limits=limits)
+    gate = Gate(door.lookup, with_self_check(authorize), in_flight)
+    server = grpc.aio.server(
+        interceptors=(gate,),
+        options=(
+            ("grpc.max_receive_message_length", MAX_REQUEST),
+            ("grpc.max_send_message_length", MAX_RESPONSE),
+        ),
+    )
+    services = add_services(server)
+    checker = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+    server.add_generic_rpc_handlers((_SelfCheck(),))
+    reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    server.add_insecure_port(f"unix:{inner}")
+    public = listener.sock.getsockname()
+    return Guarded(name, server, gate, door, public, checker)
+
+
+def add_public(core: Core) -> Callable[[grpc.aio.Server], tuple[str, ...]]:
+    """Services of the public socket."""
+
+    def add(server: grpc.aio.Server) -> tuple[str, ...]:
+        measured_boot_pb2_grpc.add_MeasuredBootServicer_to_server(MeasuredBootService(core), server)
+        evidence_pb2_grpc.add_EvidenceServicer_to_server(EvidenceService(core), server)
+        return (
+            measured_boot_pb2.DESCRIPTOR.services_by_name["MeasuredBoot"].full_name,
+            evidence_pb2.DESCRIPTOR.services_by_name["Evidence"].full_name,
+        )
+
+    return add
+
+
+def add_admin(status: Callable[[], admin_pb2.GetStatusResponse]) -> Callable[[grpc.aio.Server], tuple[str, ...]]:
+    """Services of the admin socket."""
+
+    def add(server: grpc.aio.Server) -> tuple[str, ...]:
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminService(status), server)
+        return (admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,)
+
+    return add

@@ -1,0 +1,166 @@
+"""Measured-boot evidence of one instant: a quote, the PCR values it covers and the logs that explain them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cgpu_agent.backends.base import AkAlgorithm, LoadedKey, MeasurementLogs, Signed, Tpm, TpmCommands
+from cgpu_agent.domain.agentlog import AgentLog, CallerRecords
+from cgpu_agent.domain.caller import Caller
+from cgpu_agent.domain.keys import Keys, tpm_was_reset
+from cgpu_agent.errors import AgentError, DeviceFault, Misuse, Unavailable
+from cgpu_agent.wire import strictjson
+from cgpu_agent.wire.bundle import caller_quote_extra_data, is_reserved_extra_data
+from cgpu_agent.wire.tpm import Attest, PcrSelection, Quoted, parse_attest, pcr_digest
+
+T = TypeVar("T")
+
+_QUOTE_ATTEMPTS = 8
+_ATTEST_HASH = "sha256"  # of both AKs' signing schemes; a quote's pcrDigest uses it
+
+
+@dataclass(frozen=True, slots=True)
+class BootQuote:
+    """A quote and the PCR values it covers."""
+
+    quote: Signed
+    pcrs: dict[int, bytes]
+
+
+def consistent_quote(
+    tpm: TpmCommands, key: int | LoadedKey, qualifying_data: bytes, selection: PcrSelection
+) -> tuple[BootQuote, Attest]:
+    """Quote and read until the values are the quoted ones: PCRs of IMA and others change at any time.
+
+    Raises:
+        Unavailable: ``PCRS_CHANGING`` after eight attempts.
+    """
+    for _ in range(_QUOTE_ATTEMPTS):
+        signed = tpm.quote(key, qualifying_data, selection)
+        attest = parse_attest(signed.attest)
+        if not isinstance(attest.attested, Quoted):
+            raise DeviceFault("TPM_ERROR", "the TPM answered a quote with another structure")
+        values = tpm.pcr_read(selection)
+        if pcr_digest(values, selection.pcrs, _ATTEST_HASH) == attest.attested.pcr_digest:
+            return BootQuote(signed, values), attest
+    raise Unavailable("PCRS_CHANGING", "PCRs kept changing while they were quoted", retry_after=1.0)
+
+
+def selection_of(pcrs: tuple[int, ...]) -> PcrSelection:
+    """A SHA-256 selection. Raises ``Misuse`` (``BAD_PCR``)."""
+    try:
+        return PcrSelection.of("sha256", pcrs)
+    except ValueError:
+        raise Misuse("BAD_PCR", "a PCR index must be within 0-23") from None
+
+
+class MeasuredBoot:
+    """The vTPM's side of evidence. Built once the keys of this boot are established.
+
+    Args:
+        timeout: seconds for one request's TPM job, waiting included.
+    """
+
+    def __init__(self, tpm: Tpm, keys: Keys, log: AgentLog, logs: MeasurementLogs, *, timeout: float) -> None:
+        self._tpm = tpm
+        self._timeout = timeout
+        self.keys = keys
+        self.log = log
+        self.logs = logs
+        self._caller_records = CallerRecords(log)
+        self._eks: tuple[bytes, bytes] | None = None
+        self.refusal: AgentError | None = None
+        """Set for good once measured state cannot be trusted any more; every call raises it until reboot."""
+
+    async def run(self, job: Callable[[TpmCommands], T], *, idempotent: bool = True) -> T:
+        """Run a TPM job, unless evidence is refused; remember a refusal that only a reboot mends."""
+        if self.refusal is not None:
+            raise self.refusal
+        try:
+            return await self._tpm.run(job, timeout=self._timeout, idempotent=idempotent)
+        except DeviceFault as error:
+            if error.slug == "TPM_RESET":
+                self.refusal = tpm_was_reset()
+                raise self.refusal from error
+            raise
+        except Unavailable as error:
+            if error.slug in ("TPM_RESET_DETECTED", "AGENT_LOG_DIVERGED"):
+                self.refusal = error
+            raise
+
+    def check_counters(self, attest: Attest) -> None:
+        """Raises ``TPM_RESET_DETECTED`` when the TPM was reset or restarted since the keys were established."""
+        now, then = attest.clock_info, self.keys.clock
+        if (now.reset_count, now.restart_count) != (then.reset_count, then.restart_count):
+            raise tpm_was_reset()
+
+    async def ek_publics(self) -> tuple[bytes, bytes]:
+        """TPMT_PUBLIC of the RSA and the ECC EK; made once, since recreating an RSA EK is slow."""
+        if self._eks is None:
+            self._eks = await self.run(lambda tpm: (tpm.ek_public("rsa"), tpm.ek_public("ecc")))
+        return self._eks
+
+    async def activate_credential(self, ek: AkAlgorithm, id_object: bytes, secret: bytes) -> bytes:
+        """TPM2_ActivateCredential for the platform AK. Raises ``Misuse`` (``BAD_CREDENTIAL``)."""
+        if not 1 <= len(id_object) <= 256 or not 1 <= len(secret) <= 512:
+            raise Misuse("BAD_CREDENTIAL", "credential_blob needs 1 to 256 bytes, secret 1 to 512")
+        handle = self.keys.platform_ak_handle
+        return await self.run(lambda tpm: tpm.activate_credential(handle, ek, id_object, secret))
+
+    async def quote(self, caller: Caller, nonce: bytes, pcrs: tuple[int, ...]) -> BootQuote:
+        """A plain quote that names its caller (see ``wire.bundle.caller_quote_extra_data``)."""
+        if not 8 <= len(nonce) <= 64:
+            raise Misuse("BAD_NONCE", "the nonce must have 8 to 64 bytes")
+        return await self._plain_quote(caller_quote_extra_data(caller.claims_bytes(), nonce), pcrs)
+
+    async def raw_quote(self, nonce: bytes, pcrs: tuple[int, ...]) -> BootQuote:
+        """A quote over the caller's bytes as they are; never one of the agent's own forms."""
+        if not 1 <= len(nonce) <= 48:
+            raise Misuse("BAD_NONCE", "the nonce must have 1 to 48 bytes")
+        if is_reserved_extra_data(nonce):
+            raise Misuse("BAD_NONCE", "34 bytes beginning with C6 are the agent's own form and are never signed raw")
+        return await self._plain_quote(nonce, pcrs)
+
+    async def _plain_quote(self, extra_data: bytes, pcrs: tuple[int, ...]) -> BootQuote:
+        selection = selection_of(pcrs or tuple(range(16)))
+        handle = self.keys.platform_ak_handle
+
+        def job(tpm: TpmCommands) -> BootQuote:
+            found, attest = consistent_quote(tpm, handle, extra_data, selection)
+            self.check_counters(attest)
+            return found
+
+        return await self.run(job)
+
+    async def read_pcrs(self, pcrs: tuple[int, ...]) -> dict[int, bytes]:
+        selection = selection_of(pcrs or tuple(range(24)))
+        return await self.run(lambda tpm: tpm.pcr_read(selection))
+
+    async def systemd_log(self) -> bytes | None:
+        """systemd's log as it is now; read on the TPM's thread, where waiting for its lock holds nobody up."""
+
+        def job(_tpm: TpmCommands) -> bytes | None:
+            with self.logs.systemd() as log:
+                return log
+
+        return await self.run(job)
+
+    async def measure_event(self, caller: Caller, content: bytes) -> tuple[int, bytes]:
+        """Measure a caller's event under its (hashed) identity; returns sequence number and digest."""
+        if not 1 <= len(content) <= 1024:
+            raise Misuse("BAD_CONTENT", "the content must have 1 to 1024 bytes")
+        self._caller_records.take(caller.uid)
+        body = strictjson.dumps({"caller": caller.digest().hex(), "data": strictjson.b64(content)})
+
+        def job(tpm: TpmCommands) -> tuple[int, bytes]:
+            record = self.log.measure(tpm, "caller", body)
+            return record.sequence, record.digest
+
+        return await self.run(job, idempotent=False)
+
+    async def measure_agent(self, event: dict[str, str]) -> None:
+        """Measure an event of the agent's own."""
+        body = strictjson.dumps(event)
+        await self.run(lambda tpm: self.log.measure(tpm, "agent", body), idempotent=False)

@@ -1,0 +1,212 @@
+"""The agent's life as the domain sees it: not ready, serving or refusing, and what an operator should know of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from cgpu_agent.backends.base import AkAlgorithm, Clock, MeasurementLogs, Tpm
+from cgpu_agent.domain.agentlog import AgentLog
+from cgpu_agent.domain.boot import MeasuredBoot
+from cgpu_agent.domain.evidence import Evidence
+from cgpu_agent.domain.keys import Keys, establish
+from cgpu_agent.domain.store import Store
+from cgpu_agent.errors import AgentError, DeviceFault, Unavailable
+
+State = Literal["starting", "serving", "degraded", "refusing", "stopping"]
+
+_ESTABLISH_SECONDS = 60.0  # an RSA key made by a slow TPM takes tens of seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something an operator should look at."""
+
+    reason: str
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the domain needs to know; the daemon fills it from its configuration."""
+
+    boot_id: str
+    platform_ak_handle: int
+    create_platform_ak: AkAlgorithm | None
+    register: int
+    evidence_pcrs: tuple[int, ...]
+    agent: Mapping[str, str]
+    """Digests of build, config and policy, and the version (``Manifest.agent``)."""
+    request_seconds: float
+    identity_strength: str
+
+
+REMEDIES: Mapping[str, str] = {
+    "TPM_IO": "see that /dev/tpmrm0 exists and that the agent's user is in its group (cgpuctl doctor)",
+    "TPM_TIMEOUT": "the TPM does not answer in time; see the kernel log for tpm messages",
+    "TPM_RESET_DETECTED": "reboot the VM",
+    "AGENT_LOG_DIVERGED": "find out what else extends the agent register (who is in group tss?), then reboot",
+    "AGENT_AK": "the agent's runtime directory was emptied while the system ran; reboot the VM",
+    "NO_PLATFORM_AK": "set tpm.platform_ak_handle, or let the agent make a key with tpm.create_platform_ak",
+    "STATE_DIRECTORY": "give the runtime directory to the agent's user, mode 0700",
+}
+
+
+@dataclass
+class Core:
+    """Owns the established keys; everything that serves evidence asks it for them.
+
+    Args:
+        store: opened lazily, so that a bad directory is a visible state and not a crash loop.
+    """
+
+    tpm: Tpm
+    logs: MeasurementLogs
+    store: Store
+    clock: Clock
+    settings: Settings
+    _boot: MeasuredBoot | None = None
+    _evidence: Evidence | None = None
+    _failure: AgentError | None = None
+    _stopping: bool = False
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def boot(self) -> MeasuredBoot:
+        """Raises ``Unavailable``: ``NOT_READY``, or the reason why evidence is refused."""
+        if self._boot is None:
+            raise self._not_ready()
+        return self._boot
+
+    @property
+    def evidence(self) -> Evidence:
+        """Raises as ``boot`` does."""
+        if self._evidence is None:
+            raise self._not_ready()
+        return self._evidence
+
+    @property
+    def keys(self) -> Keys | None:
+        return None if self._boot is None else self._boot.keys
+
+    @property
+    def established(self) -> bool:
+        return self._boot is not None
+
+    def _not_ready(self) -> AgentError:
+        if isinstance(self._failure, Unavailable) and self._failure.retry_after is None:
+            return self._failure
+        return Unavailable("NOT_READY", "the agent has not reached its TPM yet", retry_after=2.0)
+
+    async def establish(self) -> None:
+        """Find or make the keys and record this start. Run it again after a failure.
+
+        Raises:
+            AgentError: why not; also kept for ``state``.
+        """
+        async with self._lock:
+            if self._boot is not None:
+                return
+            settings = self.settings
+            log = AgentLog(self.store, settings.register)
+            try:
+                keys = await self.tpm.run(
+                    lambda tpm: establish(
+                        tpm,
+                        self.store,
+                        log,
+                        boot_id=settings.boot_id,
+                        platform_ak_handle=settings.platform_ak_handle,
+                        create=settings.create_platform_ak,
+                    ),
+                    timeout=_ESTABLISH_SECONDS,
+                )
+                boot = MeasuredBoot(self.tpm, keys, log, self.logs, timeout=settings.request_seconds)
+                await boot.measure_agent({"event": "agent-start", **settings.agent})
+            except AgentError as error:
+                self._failure = error
+                raise
+            self._failure = None
+            self._evidence = Evidence(
+                boot, self.clock, boot_id=settings.boot_id, agent=settings.agent, pcrs=settings.evidence_pcrs
+            )
+            self._boot = boot
+
+    async def reloaded(self, agent: Mapping[str, str]) -> None:
+        """Record a changed configuration: it is measured, and evidence from now on carries its digest."""
+        self.settings = replace(self.settings, agent=agent)
+        if self._boot is None or self._evidence is None:
+            return
+        try:
+            await self._boot.measure_agent({"event": "agent-reload", **agent})
+        finally:
+            self._evidence.agent = dict(agent)
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def state(self) -> State:
+        if self._stopping:
+            return "stopping"
+        if self._boot is None:
+            permanent = isinstance(self._failure, Unavailable) and self._failure.retry_after is None
+            return "refusing" if permanent else "starting"
+        if self._boot.refusal is not None:
+            return "refusing"
+        return "degraded" if self.problems() else "serving"
+
+    def problems(self) -> list[Problem]:
+        """What is wrong or weaker than it should be, worst first."""
+        found: list[Problem] = []
+        failure = self._failure if self._boot is None else self._boot.refusal
+        if failure is not None:
+            found.append(Problem(failure.slug, failure.message, REMEDIES.get(failure.slug, "see the journal")))
+        if self._boot is None:
+            return found
+        if self.logs.boot() is None:
+            found.append(
+                Problem(
+                    "NO_BOOT_LOG",
+                    "there is no firmware event log, so nobody can tell what the PCRs mean",
+                    "check /sys/kernel/security/tpm0/binary_bios_measurements and the unit's LoadCredential=",
+                )
+            )
+        if self._boot.keys.platform_ak_certificate is None:
+            found.append(
+                Problem(
+                    "UNENDORSED",
+                    "no certificate for the platform AK: relying parties must know this TPM's AK by other means",
+                    "have the AK certified, or give relying parties its Name (cgpuctl status) to pin",
+                )
+            )
+        if self.settings.identity_strength != "pidfd":
+            found.append(
+                Problem(
+                    "WEAK_IDENTITY",
+                    "this kernel has no SO_PEERPIDFD: callers are known by uid only, units and containers are not",
+                    "run Linux 6.9 or newer",
+                )
+            )
+        return found
+
+    def line(self) -> str:
+        """The state in one line, without the daemon's own numbers."""
+        problems = self.problems()
+        state = self.state()
+        if state in ("refusing", "starting"):
+            why = f": {problems[0].message}" if problems else ""
+            return f"{'Refusing evidence' if state == 'refusing' else 'Starting'}{why}"
+        if self._boot is None:
+            return "Stopping"
+        keys = self._boot.keys
+        endorsed = "AK certified" if keys.platform_ak_certificate is not None else "AK unendorsed"
+        told = "boot log present" if self.logs.boot() is not None else "no boot log"
+        return f"Serving: TPM {keys.tpm.manufacturer or '?'}, {endorsed}, {told}"
+
+
+def is_final(error: AgentError) -> bool:
+    """Whether trying to establish again cannot help before a reboot or a changed configuration."""
+    return not isinstance(error, DeviceFault) and error.retry_after is None

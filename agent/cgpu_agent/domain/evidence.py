@@ -1,0 +1,210 @@
+"""Evidence by group commit: callers that arrive while a quote is being made share the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cgpu_agent.backends.base import Clock, TpmCommands
+from cgpu_agent.domain.boot import BootQuote, MeasuredBoot, consistent_quote
+from cgpu_agent.domain.caller import Caller
+from cgpu_agent.errors import AgentError, Misuse, Unavailable
+from cgpu_agent.wire.bundle import (
+    MAX_NONCE,
+    MAX_PUBLIC_KEY,
+    MAX_STATEMENT,
+    MAX_USER_DATA,
+    MIN_NONCE,
+    Bundle,
+    LogDigest,
+    Manifest,
+    SignedAttest,
+    Statement,
+    check_audience,
+    manifest_extra_data,
+)
+from cgpu_agent.wire.merkle import Tree
+from cgpu_agent.wire.tpm import PcrSelection
+
+MAX_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller asks for; checked by ``Evidence.get``."""
+
+    nonce: bytes
+    audience: str
+    user_data: bytes | None = None
+    public_key: bytes | None = None
+
+    def check(self) -> None:
+        """Raises ``Misuse``: ``BAD_NONCE``, ``BAD_AUDIENCE``, ``BAD_BINDING``."""
+        if not MIN_NONCE <= len(self.nonce) <= MAX_NONCE:
+            raise Misuse("BAD_NONCE", f"the nonce must have {MIN_NONCE} to {MAX_NONCE} bytes")
+        if not check_audience(self.audience):
+            raise Misuse("BAD_AUDIENCE", "name the relying party: 1 to 255 bytes without control characters")
+        if self.user_data is not None and len(self.user_data) > MAX_USER_DATA:
+            raise Misuse("BAD_BINDING", f"user_data must have at most {MAX_USER_DATA} bytes")
+        if self.public_key is not None and not 1 <= len(self.public_key) <= MAX_PUBLIC_KEY:
+            raise Misuse("BAD_BINDING", f"public_key must have 1 to {MAX_PUBLIC_KEY} bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class _Collected:
+    """What one batch shares."""
+
+    manifest: bytes
+    boot: BootQuote
+    boot_log: bytes | None
+    systemd_log: bytes | None
+    agent_log: bytes
+
+
+class Evidence:
+    """Makes bundles.
+
+    Args:
+        boot: the vTPM's side.
+        clock: for the statement's (untrusted) time.
+        boot_id: the kernel's boot id.
+        agent: digests of the agent's build, config and policy, and its version (``Manifest.agent``).
+        pcrs: PCRs of the evidence quote; must hold the agent register.
+    """
+
+    def __init__(
+        self, boot: MeasuredBoot, clock: Clock, *, boot_id: str, agent: Mapping[str, str], pcrs: tuple[int, ...]
+    ) -> None:
+        if boot.log.register not in pcrs:
+            raise ValueError("the evidence quote must cover the agent register")
+        self._boot = boot
+        self._clock = clock
+        self._boot_id = boot_id
+        self.agent = dict(agent)
+        self._selection = PcrSelection.of("sha256", pcrs)
+        self._waiting: deque[tuple[bytes, asyncio.Future[bytes]]] = deque()
+        self._runner: asyncio.Task[None] | None = None
+
+    async def get(self, caller: Caller, request: Request) -> bytes:
+        """A bundle for this caller.
+
+        Raises:
+            Misuse: see ``Request.check``.
+            Unavailable, DeviceFault: the batch failed; the next one starts clean.
+        """
+        request.check()
+        statement = Statement(
+            purpose="evidence",
+            audience=request.audience,
+            nonce=request.nonce,
+            user_data=request.user_data,
+            public_key=request.public_key,
+            lane="boot",
+            caller=caller.claims(),
+            salt=os.urandom(16),
+            boot_id=self._boot_id,
+            time=int(self._clock.time()),
+        ).encode()
+        if len(statement) > MAX_STATEMENT:
+            raise Unavailable("STATEMENT_TOO_LARGE", "the caller's identity does not fit into a statement")
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._waiting.append((statement, answer))
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.create_task(self._run())
+        return await answer
+
+    async def _run(self) -> None:
+        """One batch after the other until nobody waits. A running quote gathers the next batch; nothing lingers."""
+        while batch := self._next_batch():
+            failure: AgentError = Unavailable("EVIDENCE_FAILED", "evidence could not be collected", retry_after=1.0)
+            try:
+                for answer, bundle in await self._serve(batch):
+                    if not answer.done():
+                        answer.set_result(bundle)
+            except AgentError as error:
+                failure = error
+            except Exception as error:  # noqa: BLE001 - a batch must never end the batches after it
+                failure.__cause__ = error
+            finally:
+                for _, answer in batch:
+                    if not answer.done():
+                        answer.set_exception(failure)
+
+    def _next_batch(self) -> list[tuple[bytes, asyncio.Future[bytes]]]:
+        batch: list[tuple[bytes, asyncio.Future[bytes]]] = []
+        while self._waiting and len(batch) < MAX_BATCH:
+            entry = self._waiting.popleft()
+            if not entry[1].done():  # a caller that left costs nothing
+                batch.append(entry)
+        return batch
+
+    async def _serve(
+        self, batch: list[tuple[bytes, asyncio.Future[bytes]]]
+    ) -> list[tuple[asyncio.Future[bytes], bytes]]:
+        tree = Tree([statement for statement, _ in batch])
+
+        def job(tpm: TpmCommands) -> _Collected:
+            return self._collect(tpm, tree)
+
+        collected = await self._boot.run(job)
+        return [
+            (answer, self._bundle(collected, tree, index, statement))
+            for index, (statement, answer) in enumerate(batch)
+        ]
+
+    def _collect(self, tpm: TpmCommands, tree: Tree) -> _Collected:
+        """Everything that the quote must cover at one instant; runs as one TPM job."""
+        boot_log = self._boot.logs.boot()
+        agent_log = self._boot.log.data
+        with self._boot.logs.systemd() as systemd_log:
+            manifest = self._manifest(tree, boot_log, systemd_log, agent_log).encode()
+            found, attest = consistent_quote(
+                tpm, self._boot.keys.agent_ak, manifest_extra_data(manifest), self._selection
+            )
+        self._boot.check_counters(attest)
+        self._boot.log.check(found.pcrs)
+        return _Collected(manifest, found, boot_log, systemd_log, agent_log)
+
+    def _manifest(self, tree: Tree, boot_log: bytes | None, systemd_log: bytes | None, agent_log: bytes) -> Manifest:
+        missing: list[tuple[str, str]] = []
+        if boot_log is None:
+            missing.append(("boot-log", "this machine hands over no firmware log"))
+        if systemd_log is None:
+            missing.append(("systemd-log", "no tpm2-measure.log (systemd before 255, or nothing measured)"))
+        if self._boot.keys.platform_ak_certificate is None:
+            missing.append(("platform-ak-certificate", "no certificate in NV"))
+        return Manifest(
+            root=tree.root,
+            tree_size=tree.size,
+            agent_ak_name=self._boot.keys.agent_ak_name,
+            reset_count=self._boot.keys.clock.reset_count,
+            restart_count=self._boot.keys.clock.restart_count,
+            agent=self.agent,
+            register=self._boot.log.register,
+            boot_log=None if boot_log is None else LogDigest.of(boot_log),
+            systemd_log=None if systemd_log is None else LogDigest.of(systemd_log),
+            agent_log=LogDigest.of(agent_log),
+            missing=tuple(missing),
+        )
+
+    def _bundle(self, collected: _Collected, tree: Tree, index: int, statement: bytes) -> bytes:
+        keys, quote = self._boot.keys, collected.boot.quote
+        return Bundle(
+            statement=statement,
+            manifest=collected.manifest,
+            leaf_index=index,
+            inclusion_path=tree.path(index),
+            quote=SignedAttest(quote.attest, quote.signature),
+            agent_ak=keys.agent_ak.public,
+            agent_ak_certify=SignedAttest(keys.agent_ak_certify.attest, keys.agent_ak_certify.signature),
+            platform_ak=keys.platform_ak,
+            platform_ak_certificate=keys.platform_ak_certificate,
+            ek_certificates=keys.ek_certificates,
+            pcrs=collected.boot.pcrs,
+            boot_log=collected.boot_log,
+            systemd_log=collected.systemd_log,
+            agent_log=collected.agent_log,
+        ).encode()

@@ -1,0 +1,200 @@
+"""What every call passes: who is it, may they, is there room, are they still the same; then count and report."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import traceback
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import grpc
+import structlog
+
+from cgpu_agent.domain.caller import Caller
+from cgpu_agent.domain.policy import Decision
+from cgpu_agent.domain.quota import InFlight
+from cgpu_agent.errors import AgentError, Denied, DeviceFault
+from cgpu_agent.rpc.abort import abort, code_of
+
+MAX_SECONDS = 120.0
+_LOG_LINES_PER_WINDOW = 20
+_LOG_WINDOW_SECONDS = 10.0
+
+log = structlog.get_logger()
+
+_caller: ContextVar[Caller] = ContextVar("caller")
+
+
+def current_caller() -> Caller:
+    """The caller of the RPC that is being served."""
+    return _caller.get()
+
+
+class Connection(Protocol):
+    """What the front door knows of one connection."""
+
+    @property
+    def caller(self) -> Caller | None: ...
+    @property
+    def refusal(self) -> Denied | None: ...
+    def check(self) -> None:
+        """Raises ``Denied`` when the connecting process is gone or is not what it was."""
+
+
+class _LogThrottle:
+    """Bounds how many log lines hostile callers can cause; the counters still count every call."""
+
+    def __init__(self) -> None:
+        self._window = 0.0
+        self._lines = 0
+
+    def allow(self, now: float) -> bool:
+        if now - self._window > _LOG_WINDOW_SECONDS:
+            self._window, self._lines = now, 0
+        self._lines += 1
+        return self._lines <= _LOG_LINES_PER_WINDOW
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """The interceptor of one server.
+
+    Args:
+        lookup: from ``context.peer()`` to the connection, ``None`` for a peer that did not come through the door.
+        authorize: decides by caller and full method name; must deny methods it does not know.
+        in_flight: the callers' slots.
+    """
+
+    def __init__(
+        self,
+        lookup: Callable[[str], Connection | None],
+        authorize: Callable[[Caller, str], Decision],
+        in_flight: InFlight,
+    ) -> None:
+        self._lookup = lookup
+        self._authorize = authorize
+        self._in_flight = in_flight
+        self._wrapped: dict[str, Any] = {}
+        self._throttle = _LogThrottle()
+        self.calls: Counter[tuple[str, str]] = Counter()
+        """Calls ended so far, by (method, gRPC code name)."""
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
+    ) -> Any:
+        method: str = handler_call_details.method
+        wrapped = self._wrapped.get(method)
+        if wrapped is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None  # grpc answers UNIMPLEMENTED; not kept, or made-up names would fill the memory
+            wrapped = self._wrapped[method] = self._wrap(method, handler)
+        return wrapped
+
+    def _wrap(self, method: str, handler: Any) -> Any:
+        codec = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if not handler.response_streaming:
+            inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+
+            async def unary(request: Any, context: Any) -> Any:
+                return await self._serve(method, context, lambda: inner(request, context))
+
+            make = (
+                grpc.stream_unary_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+            return make(unary, **codec)
+        stream = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+        async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
+            connection = await self._serve(method, context, lambda: self._admitted(context))
+            async for response in stream(request, context):
+                connection.check()
+                yield response
+
+        make_stream = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_stream_rpc_method_handler
+        )
+        return make_stream(streaming, **codec)
+
+    async def _admitted(self, context: Any) -> Connection:
+        connection = self._lookup(context.peer())
+        if connection is None:
+            raise _unknown()
+        return connection
+
+    async def _serve(self, method: str, context: Any, work: Callable[[], Awaitable[Any]]) -> Any:
+        caller: Caller | None = None
+        code = grpc.StatusCode.OK
+        try:
+            connection = await self._admitted(context)
+            if connection.refusal is not None:
+                raise connection.refusal
+            caller = connection.caller
+            if caller is None:
+                raise _unknown()
+            decision = self._authorize(caller, method)
+            if not decision.allowed:
+                raise Denied("NOT_ALLOWED", f"policy does not allow this ({decision.rule})")
+            _caller.set(caller)
+            with self._in_flight.hold(caller.uid):
+                response = await self._bounded(context, work)
+            # The answer may be a secret: it goes to the process that asked, or to nobody.
+            connection.check()
+        except AgentError as error:
+            code = code_of(error)
+            self._report(method, caller, error)
+            await abort(context, error)
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except grpc.aio.AbortError:
+            code = grpc.StatusCode.UNKNOWN
+            raise
+        except Exception as error:  # noqa: BLE001 - the text of an unknown exception must not reach the client
+            code = grpc.StatusCode.INTERNAL
+            incident = secrets.token_hex(4)
+            frames = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
+            log.error("call failed", method=method, incident=incident, error=type(error).__name__, frames=frames)
+            await abort(
+                context, AgentError("INTERNAL", f"internal error, incident {incident} in the agent's journal")
+            )
+        else:
+            return response
+        finally:
+            self.calls[method, code.name] += 1
+
+    async def _bounded(self, context: Any, work: Callable[[], Awaitable[Any]]) -> Any:
+        remaining = context.time_remaining()
+        if remaining is not None and remaining <= MAX_SECONDS:
+            return await work()  # grpc cancels the call at its deadline
+        try:
+            return await asyncio.wait_for(work(), MAX_SECONDS)
+        except asyncio.TimeoutError:
+            raise DeviceFault("CALL_TIMEOUT", "the call took too long", retry_after=1.0) from None
+
+    def _report(self, method: str, caller: Caller | None, error: AgentError) -> None:
+        if not self._throttle.allow(asyncio.get_running_loop().time()):
+            return
+        cause = error.__cause__
+        log.warning(
+            "call refused",
+            method=method,
+            reason=error.slug,
+            uid=None if caller is None else caller.uid,
+            pid=None if caller is None else caller.pid,
+            unit=None if caller is None else caller.unit,
+            cause=None if cause is None else type(cause).__name__,
+        )
+
+
+def _unknown() -> Denied:
+    return Denied("CALLER_UNKNOWN", "this connection did not come through the agent's public socket")

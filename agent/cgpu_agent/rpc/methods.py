@@ -1,0 +1,46 @@
+"""Which action each method is, so that policy speaks of actions and a method nobody listed is denied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cgpu_agent.domain.caller import Caller
+from cgpu_agent.domain.policy import Action, Decision, Policy
+
+_BOOT = "/cgpu.agent.v1.MeasuredBoot/"
+
+ACTIONS: Mapping[str, Action] = {
+    _BOOT + "GetIdentity": Action.IDENTITY,
+    _BOOT + "GetQuote": Action.QUOTE,
+    _BOOT + "GetRawQuote": Action.RAW_QUOTE,
+    _BOOT + "ReadPcrs": Action.PCRS,
+    _BOOT + "GetEventLog": Action.EVENT_LOG,
+    _BOOT + "MeasureEvent": Action.MEASURE,
+    _BOOT + "ActivateCredential": Action.ACTIVATE_CREDENTIAL,
+    "/cgpu.agent.v1.Evidence/GetEvidence": Action.EVIDENCE,
+}
+
+_ABOUT_THE_SERVER = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")
+
+
+def public_authorizer(policy: Callable[[], Policy]) -> Callable[[Caller, str], Decision]:
+    """For the public socket; asks for the policy at every call, so that a reload takes effect at once."""
+
+    def authorize(caller: Caller, method: str) -> Decision:
+        action = ACTIONS.get(method)
+        if action is not None:
+            return policy().decide(caller, action)
+        return Decision(method.startswith(_ABOUT_THE_SERVER), "server-information")
+
+    return authorize
+
+
+def admin_authorizer(own_uid: int) -> Callable[[Caller, str], Decision]:
+    """For the admin socket: root outside any container, and the agent itself. Its file mode keeps others out too."""
+
+    def authorize(caller: Caller, method: str) -> Decision:
+        operator = caller.uid == own_uid or (caller.uid == 0 and caller.container is None)
+        known = method.startswith(("/cgpu.agent.v1.Admin/", *_ABOUT_THE_SERVER))
+        return Decision(operator and known, "operator-only")
+
+    return authorize
