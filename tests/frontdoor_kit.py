@@ -41,7 +41,9 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become 
 class Kit:
     """The server, its door, and what they saw. Use as ``async with Kit() as kit``."""
 
-    def __init__(self, limits: DoorLimits | None = None, *, door: bool = True, serve: bool = True) -> None:
+    def __init__(
+        self, limits: DoorLimits | None = None, *, door: bool = True, serve: bool = True, opened: bool = True
+    ) -> None:
         # Not a pytest directory: other uids must reach the public socket, and paths must be short.
         self.root = Path(tempfile.mkdtemp(prefix="door-", dir="/tmp"))
         self.root.chmod(0o755)
@@ -53,6 +55,7 @@ class Kit:
         self.cancelled = 0
         self.door: FrontDoor | None = None
         self._serve = serve
+        self._start_door = opened
         self._server: Any = None
         if door:
             self.door = FrontDoor(
@@ -67,7 +70,7 @@ class Kit:
     async def __aenter__(self) -> Self:
         if self._serve:
             await self.serve()
-        if self.door is not None:
+        if self.door is not None and self._start_door:
             self.door.start()
         return self
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,17 +171,64 @@ def test_nobody_is_refused(ids: dict[str, int]) -> None:
     with_kit(scenario)
 
 
-def test_a_caller_in_another_cgroup_fails_the_check() -> None:
+@contextmanager
+def cgroup(*below: str) -> Iterator[Path]:
+    """A real cgroup named like a service, with those directories below it."""
+    mount = self_check_environment().cgroup_mount
+    if mount is None:
+        pytest.skip("no cgroup2 hierarchy")
+    group = Path(mount) / f"door-{secrets.token_hex(4)}.service"
+    made = [group.joinpath(*below[:depth]) for depth in range(len(below) + 1)]
+    try:
+        for folder in made:
+            folder.mkdir()
+    except OSError:
+        pytest.skip("cgroups cannot be made here")
+    try:
+        yield group
+    finally:
+        for folder in reversed(made):
+            remove_when_empty(folder)
+
+
+def remove_when_empty(folder: Path) -> None:
+    """A cgroup is busy until the last of its processes is reaped."""
+    for _ in range(1000):
+        with suppress(OSError):
+            folder.rmdir()
+            return
+        time.sleep(0.01)
+    pytest.fail("a cgroup is still in use")
+
+
+def within(folder: Path) -> tuple[str, ...]:
+    """A command that starts another one in a cgroup."""
+    return ("sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "sh")
+
+
+def test_a_caller_has_the_unit_of_its_cgroup() -> None:
     async def scenario(kit: Kit) -> None:
-        mount = self_check_environment().cgroup_mount
-        if mount is None:
-            pytest.skip("no cgroup2 hierarchy")
-        group = Path(mount) / f"door-{secrets.token_hex(4)}.service"
-        try:
-            group.mkdir()
-        except OSError:
-            pytest.skip("cgroups cannot be made here")
-        try:
+        with cgroup("payload") as group:
+            seen = await kit.ask("who", uid=1234, wrap=within(group / "payload"))
+            assert (seen["unit"], seen["cgroup"]) == (group.name, f"/{group.name}/payload")
+
+    with_kit(scenario)
+
+
+def test_names_that_a_tenant_made_in_its_own_subtree_are_ignored() -> None:
+    async def scenario(kit: Kit) -> None:
+        scope = f"docker-{'a' * 64}.scope"
+        with cgroup(scope, "cgpu-agent.service") as group:
+            os.chown(group, 1234, 1234)
+            seen = await kit.ask("who", uid=1234, wrap=within(group / scope / "cgpu-agent.service"))
+            assert (seen["unit"], seen["container"], seen["cgroup"]) == (group.name, None, f"/{group.name}")
+
+    with_kit(scenario)
+
+
+def test_a_caller_that_moves_to_another_cgroup_fails_the_check() -> None:
+    async def scenario(kit: Kit) -> None:
+        with cgroup() as group:
             async with kit.client("raw", uid=1234) as client:
                 await client.says()
                 await until(lambda: bool(kit.opened))
@@ -188,8 +238,6 @@ def test_a_caller_in_another_cgroup_fails_the_check() -> None:
                 with pytest.raises(Denied) as refused:
                     caller.still_the_same()
                 assert refused.value.slug == "CALLER_CHANGED"
-        finally:
-            group.rmdir()
 
     with_kit(scenario)
 

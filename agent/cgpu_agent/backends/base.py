@@ -59,7 +59,8 @@ class TpmCommands(Protocol):
     """TPM commands in bytes. Valid only inside a job of ``Tpm.run``, on the owner's thread.
 
     Every method raises ``DeviceFault``: ``TPM_TIMEOUT``, ``TPM_IO``, ``TPM_RESET`` (the TPM lost its state),
-    ``TPM_BUSY`` (out of slots), ``TPM_NV_FULL``, ``TPM_AUTH``, ``TPM_ERROR`` for the rest; argument errors are ``Misuse``.
+    ``TPM_BUSY`` (out of slots), ``TPM_NV_FULL``, ``TPM_AUTH``, ``TPM_ERROR`` for the rest; argument errors
+    are ``Misuse``.
     """
 
     def info(self) -> TpmInfo: ...

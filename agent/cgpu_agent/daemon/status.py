@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cgpu_agent import __version__
 from cgpu_agent.api.v1 import admin_pb2
-from cgpu_agent.daemon.servers import Guarded
+from cgpu_agent.daemon.servers import SELF_CHECK, Guarded
 from cgpu_agent.domain.core import Core, Problem
 from cgpu_agent.domain.keys import Keys
 
@@ -73,6 +73,7 @@ def compose(
             pb.MethodCount(method=method, code=code, count=count)
             for server in servers
             for (method, code), count in sorted(server.gate.calls.items())
+            if method != SELF_CHECK
         ],
         identity_strength=identity_strength,
         agent_log_records=len(core.boot.log.records) if core.established else 0,

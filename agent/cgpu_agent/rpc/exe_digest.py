@@ -45,6 +45,8 @@ class ExeDigests:
             Unavailable: ``EXE_UNREADABLE``, ``EXE_TOO_LARGE`` or ``EXE_DIGEST_TIMEOUT``.
         """
         who.still_the_same()
+        if who.facts.executable is None:
+            raise _unreadable()
         state = peer.executable(who.caller.pid)
         remembered = who.remembered_digest
         if remembered is not None and remembered[0] == state and who.alive():
@@ -73,7 +75,7 @@ class ExeDigests:
         except AgentError as error:
             result.set_exception(error)
         except OSError as error:
-            refusal = Unavailable("EXE_UNREADABLE", "the caller's program file cannot be read here")
+            refusal = _unreadable()
             refusal.__cause__ = error
             result.set_exception(refusal)
         finally:
@@ -87,7 +89,7 @@ class ExeDigests:
         deadline = time.monotonic() + self._time_limit
         before = peer.executable(who.caller.pid)
         if before is None:
-            raise Unavailable("EXE_UNREADABLE", "the caller's program file cannot be read here")
+            raise _unreadable()
         if before.size > self._size_limit:
             raise Unavailable("EXE_TOO_LARGE", f"programs above {self._size_limit} bytes are not hashed")
         digest = hashlib.sha256()
@@ -109,6 +111,10 @@ class ExeDigests:
         found = digest.hexdigest()
         who.remembered_digest = (before, found)
         return found
+
+
+def _unreadable() -> Unavailable:
+    return Unavailable("EXE_UNREADABLE", "the caller's program file cannot be read here")
 
 
 def _timeout() -> Unavailable:

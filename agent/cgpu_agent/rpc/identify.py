@@ -42,11 +42,13 @@ class Identified:
         remembered_digest: of the program (``exe_digest``), with the state of the file it was made of.
     """
 
-    def __init__(self, caller: Caller, facts: Facts, pidfd: int | None, pidfd_inode: int | None) -> None:
+    def __init__(self, caller: Caller, facts: Facts, pidfd: int | None, capabilities: IdentityCapabilities) -> None:
         self.caller = caller
         self.facts = facts
-        self.pidfd_inode = pidfd_inode
+        comparable = capabilities.peer_pidfd and capabilities.unique_pidfd_inode
+        self.pidfd_inode = os.fstat(pidfd).st_ino if pidfd is not None and comparable else None
         self.remembered_digest: tuple[peer.FileState, str] | None = None
+        self._capabilities = capabilities
         self._lock = threading.Lock()
         self._pidfd = pidfd
         self._closed = False
@@ -75,7 +77,7 @@ class Identified:
             if self._closed:
                 raise _gone()
             try:
-                facts = _facts(caller.pid, self._pidfd, trusted=caller.identity_strength == "pidfd")
+                facts = _facts(caller.pid, self._pidfd, self._capabilities)
             except OSError as error:
                 raise Unavailable("CALLER_UNCHECKED", "the caller cannot be checked now", retry_after=1.0) from error
             if not self._alive() or facts.start_time != self.facts.start_time:
@@ -159,8 +161,7 @@ class Identifier:
             raise
 
     def _identify(self, sock: socket.socket, credentials: peer.Credentials, pidfd: int | None) -> Identified:
-        trusted = self.capabilities.peer_pidfd
-        facts = _facts(credentials.pid, pidfd, trusted=trusted)
+        facts = _facts(credentials.pid, pidfd, self.capabilities)
         names = NO_NAMES
         if facts.cgroup_path is not None and self.capabilities.cgroup_mount is not None:
             names = trusted_names(facts.cgroup_path, owner_in(self.capabilities.cgroup_mount))
@@ -177,8 +178,7 @@ class Identifier:
             exe_at_identify=None,
             identity_strength=self.capabilities.identity_strength,
         )
-        unique = pidfd is not None and trusted and self.capabilities.unique_pidfd_inode
-        return Identified(caller, facts, pidfd, os.fstat(pidfd).st_ino if pidfd is not None and unique else None)
+        return Identified(caller, facts, pidfd, self.capabilities)
 
     def _pidfd(self, sock: socket.socket, pid: int) -> int | None:
         """The connector's pidfd; of strength ``pid`` one of whoever has that pid now, good for noticing its death."""
@@ -192,11 +192,11 @@ class Identifier:
             return None
 
 
-def _facts(pid: int, pidfd: int | None, *, trusted: bool) -> Facts:
+def _facts(pid: int, pidfd: int | None, capabilities: IdentityCapabilities) -> Facts:
     """Read what can be read of the process that has this pid now. The caller must check the pidfd *afterwards*."""
-    if not trusted:
+    if not capabilities.peer_pidfd:
         return Facts(peer.status_ids(pid), None, None, None, peer.start_time(pid))
-    info = None if pidfd is None else peer.pidfd_info(pidfd)
+    info = None if pidfd is None or not capabilities.pidfd_info else peer.pidfd_info(pidfd)
     program = peer.executable(pid)
     cgroup = peer.proc_file(pid, "cgroup")
     return Facts(

@@ -184,16 +184,14 @@ class Gate(grpc.aio.ServerInterceptor):
     def _report(self, method: str, caller: Caller | None, error: AgentError) -> None:
         if not self._throttle.allow(asyncio.get_running_loop().time()):
             return
-        cause = error.__cause__
-        log.warning(
-            "call refused",
-            method=method,
-            reason=error.slug,
-            uid=None if caller is None else caller.uid,
-            pid=None if caller is None else caller.pid,
-            unit=None if caller is None else caller.unit,
-            cause=None if cause is None else type(cause).__name__,
-        )
+        fields: dict[str, object] = {"method": method, "reason": error.slug}
+        if caller is not None:
+            fields |= {"uid": caller.uid, "pid": caller.pid}
+            if caller.unit is not None:
+                fields["unit"] = caller.unit
+        if error.__cause__ is not None:
+            fields["cause"] = type(error.__cause__).__name__
+        log.warning("call refused", **fields)
 
 
 def _unknown() -> Denied:

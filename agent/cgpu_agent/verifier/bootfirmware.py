@@ -19,7 +19,7 @@ from cgpu_agent.wire.eventtypes import (
     type_name,
 )
 from cgpu_agent.wire.text import printable
-from cgpu_agent.wire.uefi import GLOBAL_VARIABLE, Variable, parse_firmware_blob, parse_gpt
+from cgpu_agent.wire.uefi import GLOBAL_VARIABLE, Variable, parse_firmware_blob, parse_gpt, parse_tag
 
 _BOOT_ENTRY: Final = re.compile(r"Boot[0-9A-F]{4}")
 _BLOBS: Final = (EV_EFI_PLATFORM_FIRMWARE_BLOB, EV_EFI_PLATFORM_FIRMWARE_BLOB2)
@@ -46,7 +46,7 @@ def _crtm(scene: Scene, seen: Seen) -> Statement:
         version = str(uuid.UUID(bytes_le=data))
     else:
         version = readable(data) or data[:32].hex()
-    text = f"The root of trust (CRTM) gives its version as: {version}."
+    text = f"Labelled as the version of the root of trust (CRTM): {version}."
     return Statement(text, scene.tell([seen.index]), seen.whole, {"crtm_version": version})
 
 
@@ -90,12 +90,9 @@ def secure_boot_stage(scene: Scene, state: SecureBoot) -> Stage:
 
 
 def _database(scene: Scene, name: str, database: KeyDatabase) -> Statement:
-    subjects = "; ".join(each.subject or each.sha256 for each in database.certificates)
-    parts = [f"{len(database.certificates)} certificates" + (f" ({subjects})" if subjects else "")]
-    parts.append(f"{database.hashes} hashes")
-    if database.others:
-        parts.append(f"{database.others} signatures of other kinds")
-    text = f"{name} holds {', '.join(parts)}."
+    subjects = "; ".join(each.subject or each.sha256 for each in database.certificates[:16])
+    text = f"{name}: certificates {len(database.certificates)}{f' ({subjects})' if subjects else ''}"
+    text += f", hashes {database.hashes}, other signatures {database.others}."
     facts: dict[str, Value] = {
         "variable": name,
         "certificates": len(database.certificates),
@@ -172,7 +169,7 @@ def disk(scene: Scene) -> Stage:
                 f"{printable(part.name, 72) or 'unnamed'} {part.unique} (type {part.type})"
                 for part in table.partitions[:32]
             )
-            text = f"The boot disk {table.disk} has {len(table.partitions)} partitions: {names}."
+            text = f"The boot disk {table.disk} has these partitions: {names or 'none'}."
             facts = {"disk": str(table.disk), "partitions": len(table.partitions)}
         told.append(Statement(text, scene.tell([seen.index]), seen.whole, facts))
     return Stage("disk", "Disk", "", tuple(told))
@@ -195,7 +192,7 @@ def other(scene: Scene) -> Stage:
     """Every event no stage understood, so that nothing is left out."""
     told: list[Statement] = []
     for seen in scene.waiting():
-        content = readable(seen.proof.proven if seen.proof is not None else seen.event.data)
+        content = _content(seen.proof.proven if seen.proof is not None else seen.event.data)
         name = type_name(seen.event.claimed_type)
         shown = f"{len(seen.event.data)} bytes" if content is None else f"“{content}”"
         text = f"{scene.register(seen.event)}: {shown}, labelled {name}, digest {seen.digest.hex()}."
@@ -203,3 +200,10 @@ def other(scene: Scene) -> Stage:
         told.append(Statement(text, scene.tell([seen.index]), seen.proof is not None, facts))
     note = "Measured, but not understood by any stage above."
     return Stage("other", "Other measurements", note, tuple(told))
+
+
+def _content(data: bytes) -> str | None:
+    try:
+        return readable(parse_tag(data).data)
+    except HostileInput:
+        return readable(data)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Final
 
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.bootscene import Scene, Seen, Stage, Statement, Value
+from cgpu_agent.verifier.secureboot import register_of
 from cgpu_agent.wire.devicepath import ImageLoad, parse_image_load
 from cgpu_agent.wire.eventtypes import (
     EV_EFI_BOOT_SERVICES_APPLICATION,
@@ -23,7 +25,13 @@ _ACTIONS: Final = (
     b"Calling EFI Application from Boot Option",
     b"Returning from EFI Application from Boot Option",
 )
-_PATH_WORDS: Final = (("shim", "shim"), ("grub", "grub"), ("vmlinuz", "kernel"), ("bootmgfw", "windows"))
+_PATH_WORDS: Final = (
+    ("shim", "shim"),
+    ("grub", "grub"),
+    ("vmlinuz", "kernel"),
+    ("kernel", "kernel"),
+    ("bootmgfw", "windows"),
+)
 _ROLES: Final[Mapping[str, str]] = {
     "shim": "shim",
     "grub": "GRUB",
@@ -95,8 +103,10 @@ def _roles(scene: Scene, images: Sequence[tuple[Seen, ImageLoad]]) -> list[tuple
         elif current is not None and (trace := _trace(seen)) is not None:
             traces[current].add(trace)
     roles: list[tuple[str, str]] = []
+    earlier: set[str] = set()
     for seen, image in images:
-        roles.append(_role(seen, image, traces[seen.index], {role for role, _ in roles}))
+        roles.append(_role(seen, image, traces[seen.index], earlier))
+        earlier.add(roles[-1][0])
     return roles
 
 
@@ -155,18 +165,25 @@ def mok(scene: Scene) -> Stage:
 def kernel_command_line(scene: Scene) -> Stage:
     """The kernel's command line, from GRUB, from systemd-stub, or as the kernel's own stub measured it."""
     told: list[Statement] = []
-    options = [seen for seen in scene.waiting(9) if _tag(seen) == _TAG_LOAD_OPTIONS]
+    options = {seen.digest: seen for seen in scene.waiting(9) if _tag(seen) == _TAG_LOAD_OPTIONS}
     commands = {text for seen in scene.waiting(8) if (text := seen.text()) is not None}
     for seen in scene.waiting(8):
         text = seen.text()
         if text is None or seen.label() not in _CMDLINE_LABELS:
             continue
-        proofs, why = _corroborate(scene, text, options, commands)
+        # GRUB hands the kernel "BOOT_IMAGE=" and the same text; the kernel's stub digests that as UTF-16, no NUL.
+        handed = hashlib.new(scene.bank, f"BOOT_IMAGE={text}".encode("utf-16-le")).digest()
+        agreeing = [options[handed].index] if handed in options else []
+        repeated = any(f"{word} {text}" in commands for word in ("linux", "linuxefi"))
+        why = "so labelled by GRUB; no second digest agrees"
+        if agreeing:
+            why = "the kernel measured the same text as its load options"
+        elif repeated:
+            why = "the same text follows the word linux in a GRUB command"
         shown = printable(text)
+        events = scene.tell([seen.index, *agreeing])
         sentence = f"Kernel command line: {shown} ({why})."
-        events = scene.tell([seen.index, *(proof.index for proof in proofs)])
-        digested = bool(proofs) or any(f"{word} {text}" in commands for word in ("linux", "linuxefi"))
-        told.append(Statement(sentence, events, digested, {"cmdline": shown}))
+        told.append(Statement(sentence, events, bool(agreeing) or repeated, {"cmdline": shown}))
     for seen in scene.waiting(12):
         if seen.proof is not None and seen.proof.form == "data" and (line := _utf16(seen.proof.proven)):
             shown = printable(line)
@@ -179,17 +196,6 @@ def kernel_command_line(scene: Scene) -> Stage:
             told.append(Statement(sentence, scene.tell([seen.index]), digested=False, data=facts))
     note = "GRUB's texts are under the digest, their labels are not: a second digest must agree on a command line."
     return Stage("command-line", "Kernel command line", note, tuple(told))
-
-
-def _corroborate(scene: Scene, text: str, options: Sequence[Seen], commands: set[str]) -> tuple[list[Seen], str]:
-    # GRUB hands the kernel "BOOT_IMAGE=" and the same text; the kernel's stub digests that as UTF-16, without NUL.
-    handed = hashlib.new(scene.bank, f"BOOT_IMAGE={text}".encode("utf-16-le")).digest()
-    agreeing = [seen for seen in options if seen.digest == handed]
-    if agreeing:
-        return agreeing, "the kernel measured the same text as its load options"
-    if any(f"{word} {text}" in commands for word in ("linux", "linuxefi")):
-        return [], "the same text follows the word linux in a GRUB command"
-    return [], "so labelled by GRUB; no second digest agrees"
 
 
 def _tag(seen: Seen) -> int | None:
@@ -235,15 +241,16 @@ def _file_name(seen: Seen) -> str | None:
 def uki(scene: Scene) -> Stage:
     """Sections of a unified kernel image: systemd-stub measures each one's name, then its content."""
     told: list[Statement] = []
-    waiting = scene.waiting(11)
-    for seen, following in zip(waiting, waiting[1:], strict=False):
+    register = register_of(scene.kind, 11)
+    events = [seen for seen in scene.events if seen.event.pcr == register]
+    for seen, following in pairwise(events):
         section = _section(seen)
-        if section is None:
+        if section is None or _section(following) is not None:
             continue
         digest = following.digest.hex()
         text = f"Section {section}; the next measurement is its content, digest {digest}."
-        events = scene.tell([seen.index, following.index])
-        told.append(Statement(text, events, digested=True, data={"section": section, "digest": digest}))
+        both = scene.tell([seen.index, following.index])
+        told.append(Statement(text, both, digested=True, data={"section": section, "digest": digest}))
     note = "Names are under the digest; contents are not in the log, their digests stand in the same register."
     return Stage("uki", "Unified kernel image", note, tuple(told))
 
@@ -251,12 +258,13 @@ def uki(scene: Scene) -> Stage:
 def initrd(scene: Scene) -> Stage:
     """The initrd as the kernel's EFI stub measured it."""
     told: list[Statement] = []
+    first = {seen.digest: seen.index for seen in reversed(scene.events)}
     for seen in scene.waiting(9):
         if _tag(seen) != _TAG_INITRD:
             continue
-        same = [each.index for each in scene.events if each.digest == seen.digest and each.index != seen.index]
-        agrees = f", the same content as in event {same[0]}" if same else ""
+        same = {first[seen.digest]} - {seen.index}
+        agrees = f", the same content as in event {first[seen.digest]}" if same else ""
         text = f"The kernel loaded an initrd; digest of its content {seen.digest.hex()}{agrees}."
-        events = tuple(sorted([*scene.tell([seen.index]), *same[:1]]))
+        events = scene.tell({seen.index} | same)
         told.append(Statement(text, events, digested=False, data={"digest": seen.digest.hex()}))
     return Stage("initrd", "Initial RAM disk", "The label is not under the digest.", tuple(told))

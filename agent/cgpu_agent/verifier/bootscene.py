@@ -1,7 +1,7 @@
-"""The shape of a boot story, and the scene it is told from: every measured event, its proof, and whether it was told.
+"""The shape of a boot story, and the scene it is told from: every measured event, its proof, whether it was told.
 
-A stage takes the events it understands off the scene; what remains at the end is told as "not understood". So no event
-can be left out of the story by being odd.
+A stage takes the events it understands off the scene; what remains at the end is told as "not understood". So no
+event can be left out of the story by being odd.
 """
 
 from __future__ import annotations

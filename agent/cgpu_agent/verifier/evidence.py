@@ -335,7 +335,7 @@ class EvidenceResult:
 
 
 def verify_evidence(data: bytes, party: RelyingParty) -> EvidenceResult:
-    """Judge a bundle by ``EVIDENCE_CHECKS``. Never raises for the evidence: whatever is wrong with it is in the result.
+    """Judge a bundle by ``EVIDENCE_CHECKS``. Never raises for the evidence: what is wrong with it is in the result.
 
     Args:
         data: the bundle file, as received.

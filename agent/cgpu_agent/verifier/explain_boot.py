@@ -25,10 +25,10 @@ def best_bank(log: EventLog) -> str | None:
 def to_json(log: EventLog, bank: str | None = None) -> dict[str, object]:
     """Everything known of a log, ready for ``json.dumps``. Digests and data are lower-case hex.
 
-    Keys: ``kind``, ``format``, ``spec`` (or null), ``banks``, ``unreplayed_banks`` (announced, but an event lacks them
-    or they cannot be computed), ``padding`` (bytes), ``startup_locality``, ``pcrs`` (``pcrs.<bank>.<index>``; the index
-    is MrIndex for a CCEL), ``rtmrs`` (CCEL only: the same by RTMR number), ``story_bank``, ``secure_boot``,
-    ``stages``, ``events``. ``secure_boot`` and ``stages`` are null where no bank can be computed.
+    Keys: ``kind``, ``format``, ``spec`` (or null), ``banks``, ``unreplayed_banks`` (announced, but an event lacks
+    them or they cannot be computed), ``padding`` (bytes), ``startup_locality``, ``pcrs`` (``pcrs.<bank>.<index>``;
+    the index is MrIndex for a CCEL), ``rtmrs`` (CCEL only: the same by RTMR number), ``story_bank``,
+    ``secure_boot``, ``stages``, ``events``. ``secure_boot`` and ``stages`` are null where no bank can be computed.
 
     Args:
         bank: whose digests the story rests on; ``best_bank(log)`` by default.

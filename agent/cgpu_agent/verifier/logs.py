@@ -1,4 +1,4 @@
-"""Which log explains which PCR: the firmware's, then systemd's, then the agent's, each going on where the last ended."""
+"""Which log explains which PCR: the firmware's, then systemd's, then the agent's, each going on from the last."""
 
 from __future__ import annotations
 

@@ -141,14 +141,11 @@ def secure_boot(log: EventLog, bank: str) -> SecureBoot:
         reason = _doubt(before, after, bank, shared=log.kind == "ccel")
     answer = next((s for s in before if _is_secure_boot(s, bank)), None)
     databases, doubled = _databases(before)
-    reason = reason or doubled or _value_doubt(answer)
+    state, reason = _state(reason or doubled, answer)
     authorities = _authorities(before, before_separator=True) + _authorities(after, before_separator=False)
-    state: State = "unknown"
-    if reason is None and answer is not None and answer.variable is not None:
-        state, reason = _state(answer.variable.data)
     return SecureBoot(
         state,
-        reason or "no reason",
+        reason,
         None if answer is None else answer.event.index,
         None if separator is None else separator.index,
         databases.get("pk"),
@@ -160,7 +157,14 @@ def secure_boot(log: EventLog, bank: str) -> SecureBoot:
     )
 
 
-def _state(value: bytes) -> tuple[State, str]:
+def _state(doubt: str | None, answer: _Seen | None) -> tuple[State, str]:
+    if doubt is not None:
+        return "unknown", doubt
+    if answer is None or answer.variable is None:
+        return "unknown", "no SecureBoot variable was measured before the separator"
+    value = answer.variable.data
+    if answer.variable.slack or value not in _SECURE_BOOT_VALUES:
+        return "unknown", f"the SecureBoot variable holds neither 0 nor 1 (event {answer.event.index})"
     if value == b"\1":
         return "enabled", "the SecureBoot variable is 1, measured once, before the one separator"
     if value == b"\0":
@@ -197,11 +201,11 @@ def _split(seen: list[_Seen], bank: str) -> tuple[list[_Seen], list[_Seen], Even
         return [], [], None, "the log has no events in the Secure Boot register"
     if not at:
         return seen, [], None, "no separator closes the firmware's part of the Secure Boot register"
-    first = at[0]
-    after = [s for i, s in enumerate(seen) if i > first and i not in at]
+    first, separators = at[0], set(at)
+    after = [s for i, s in enumerate(seen) if i > first and i not in separators]
     reason = None
     if len(at) > 1:
-        places = ", ".join(str(seen[i].event.index) for i in at)
+        places = ", ".join(str(seen[i].event.index) for i in at[:8])
         reason = f"duplicate separator in the Secure Boot register (events {places})"
     return seen[:first], after, seen[first].event, reason
 
@@ -230,14 +234,6 @@ def _doubt(before: list[_Seen], after: list[_Seen], bank: str, *, shared: bool) 
             return f"event {seen.event.index} before the separator is not proven by its digest"
         if seen.proof.proven not in _HARMLESS_ACTIONS:
             return f"event {seen.event.index} before the separator is of a kind this verifier does not know"
-    return None
-
-
-def _value_doubt(answer: _Seen | None) -> str | None:
-    if answer is None or answer.variable is None:
-        return "no SecureBoot variable was measured before the separator"
-    if answer.variable.slack or answer.variable.data not in _SECURE_BOOT_VALUES:
-        return f"the SecureBoot variable holds neither 0 nor 1 (event {answer.event.index})"
     return None
 
 
@@ -310,11 +306,12 @@ def _authority_value(data: bytes) -> tuple[Certificate | None, str | None]:
         certificate = read_certificate(der)
         if certificate.subject is not None:
             return certificate, None
+    if len(data) <= 8:
+        return None, f"0x{data.hex()}"
     try:
-        text = data.decode("ascii")
+        return None, printable(data.decode("ascii").rstrip("\0\n"), 512)
     except UnicodeDecodeError:
         return None, None
-    return None, printable(text.rstrip("\0\n")) if text.isprintable() or "\n" in text else None
 
 
 def _warnings(state: State, before: list[_Seen], authorities: tuple[Authority, ...], bank: str) -> tuple[str, ...]:

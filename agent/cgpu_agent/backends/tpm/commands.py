@@ -180,6 +180,7 @@ class Commands:
     def create_platform_ak(self, handle: int, algorithm: AkAlgorithm) -> bytes:
         _check_persistent(handle)
         with self._primary(keys.signing_key(algorithm)) as (key, public):
+            _read(parse_public, public)
             self._esapi.evict_control(key, handle)
         return public
 
@@ -189,11 +190,13 @@ class Commands:
         # A child: two primaries of one template share a Name, so the auth of a primary would bind nobody.
         with self._primary(keys.storage_parent()) as (parent, _):
             public, private = self._esapi.create(parent, keys.signing_key("ecc"), auth)
+        _read(parse_public, public)
         return KeyBlob(public, private)
 
     @_with_free_slots
     def load_agent_ak(self, blob: KeyBlob, auth: bytes) -> LoadedKey:
         _check_auth(auth)
+        _check_public(blob.public)
         with (
             self._primary(keys.storage_parent()) as (parent, _),
             self._flushed(self._esapi.load(parent, blob.public, blob.private)) as key,
@@ -264,6 +267,7 @@ class Commands:
         if template is None:
             nonce = self.nv_read(keys.EK_NONCE_INDICES[algorithm]) or b""
             template = keys.endorsement_key(algorithm, nonce)
+        _read(parse_public, template)
         with self._primary(template) as made:
             yield made
 
@@ -353,6 +357,13 @@ def _check_persistent(handle: int) -> None:
 def _check_auth(auth: bytes) -> None:
     if not 16 <= len(auth) <= 32:
         raise Misuse("TPM_ARGUMENT", "an auth value has 16 to 32 bytes")
+
+
+def _check_public(public: bytes) -> None:
+    try:
+        parse_public(public)
+    except HostileInput as error:
+        raise Misuse("TPM_ARGUMENT", "the key's public area is none") from error
 
 
 def _check_qualifying_data(data: bytes) -> None:

@@ -162,7 +162,7 @@ class Esapi:
 
     def create_primary(self, template: bytes) -> tuple[Handle, bytes]:
         """TPM2_CreatePrimary from a TPMT_PUBLIC in the endorsement hierarchy: the key and its TPMT_PUBLIC."""
-        wanted = _argument(TPM2B_PUBLIC, sized(template))
+        wanted = _sized(TPM2B_PUBLIC, template)
         handle, public, *_ = self._call("CreatePrimary", self._esys.create_primary, None, wanted, ESYS_TR.ENDORSEMENT)
         return Handle(handle), _content(public.marshal())
 
@@ -173,14 +173,14 @@ class Esapi:
     def create(self, parent: Handle, template: bytes, auth: bytes) -> tuple[bytes, bytes]:
         """TPM2_Create from a TPMT_PUBLIC: TPMT_PUBLIC and TPM2B_PRIVATE content of the new key."""
         sensitive = _argument(TPM2B_SENSITIVE_CREATE, sized(sized(auth) + sized(b"")))
-        wanted = _argument(TPM2B_PUBLIC, sized(template))
+        wanted = _sized(TPM2B_PUBLIC, template)
         private, public, *_ = self._call("Create", self._esys.create, parent, sensitive, wanted)
         return _content(public.marshal()), _content(private.marshal())
 
     def load(self, parent: Handle, public: bytes, private: bytes) -> Handle:
         """TPM2_Load."""
-        inner = _argument(TPM2B_PRIVATE, sized(private))
-        outer = _argument(TPM2B_PUBLIC, sized(public))
+        inner = _sized(TPM2B_PRIVATE, private)
+        outer = _sized(TPM2B_PUBLIC, public)
         return Handle(self._call("Load", self._esys.load, parent, inner, outer))
 
     def context_save(self, key: Handle) -> bytes:
@@ -256,8 +256,8 @@ class Esapi:
         self, key: Handle, ek: Handle, id_object: bytes, encrypted_secret: bytes, session: Handle | None
     ) -> bytes:
         """TPM2_ActivateCredential; ``session`` authorises the EK, ``None`` stands for its empty password."""
-        blob = _argument(TPM2B_ID_OBJECT, sized(id_object))
-        secret = _argument(TPM2B_ENCRYPTED_SECRET, sized(encrypted_secret))
+        blob = _sized(TPM2B_ID_OBJECT, id_object)
+        secret = _sized(TPM2B_ENCRYPTED_SECRET, encrypted_secret)
         by = ESYS_TR.PASSWORD if session is None else session
         found = self._call("ActivateCredential", self._esys.activate_credential, key, ek, blob, secret, session2=by)
         return _content(found.marshal())
@@ -291,6 +291,12 @@ def _argument(kind: Any, data: bytes) -> Any:
     if used != len(data):
         raise Misuse("TPM_ARGUMENT", f"not exactly one {kind.__name__}")
     return value
+
+
+def _sized(kind: Any, content: bytes) -> Any:
+    if len(content) > 0xFFFF:
+        raise Misuse("TPM_ARGUMENT", f"too long for a {kind.__name__}")
+    return _argument(kind, sized(content))
 
 
 def _bytes(marshalled: Any) -> bytes:

@@ -9,6 +9,7 @@ Frame layout: TCG "TPM 2.0 Library", Part 1, 18 (tag u16, size u32, code u32). E
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import select
@@ -141,7 +142,8 @@ class Device:
             raise _io("the TPM device took only a part of a command")
         ready = select.poll()
         ready.register(self._fd, select.POLLIN)
-        if not ready.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+        # Rounded up: a timeout that is reported before the deadline would leave time for another attempt.
+        if not ready.poll(math.ceil(_left(deadline) * 1000)):
             raise timed_out()
         return os.read(self._fd, MAX_FRAME)
 

@@ -71,7 +71,8 @@ def test_property_list_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", PROPERTY[:-1], PROPERTY + b"\0", b"\0\0\0\1" + PROPERTY[4:], PROPERTY[:4] + b"\xff" * 4 + PROPERTY[8:]]
+    "data",
+    [b"", PROPERTY[:-1], PROPERTY + b"\0", b"\0\0\0\1" + PROPERTY[4:], PROPERTY[:4] + b"\xff" * 4 + PROPERTY[8:]],
 )
 def test_refuses_a_broken_property_list(data: bytes) -> None:
     with pytest.raises(HostileInput):

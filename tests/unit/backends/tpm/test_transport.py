@@ -178,7 +178,17 @@ def test_spec_opens_a_device_each_time_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "device", "device:", "device:tpmrm0", "tcp:/x", "swtpm:relative", "/dev/tpmrm0", "swtpm:/a\0b", "device:/dev/tpm0"],
+    [
+        "",
+        "device",
+        "device:",
+        "device:tpmrm0",
+        "tcp:/x",
+        "swtpm:relative",
+        "/dev/tpmrm0",
+        "swtpm:/a\0b",
+        "device:/dev/tpm0",
+    ],
 )
 def test_refuses_any_other_spec(spec: str) -> None:
     with pytest.raises(Misuse) as caught:

@@ -1,0 +1,59 @@
+"""What cgpuctl is given: files of bounded size, hex, times. A bad argument is ``Misuse``: exit status 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from cgpu_agent.errors import Misuse
+
+MAX_FILE = 32 << 20
+
+
+def read_file(path: Path, limit: int = MAX_FILE) -> bytes:
+    """Content of a file; ``-`` is standard input. Reads to the end: files of securityfs state a size of 0.
+
+    Raises ``Misuse``: ``NO_FILE``, ``FILE_TOO_LARGE``.
+    """
+    try:
+        if str(path) == "-":
+            data = sys.stdin.buffer.read(limit + 1)
+        else:
+            with path.open("rb") as file:
+                data = file.read(limit + 1)
+    except OSError as error:
+        raise Misuse("NO_FILE", f"{path}: {error.strerror}") from error
+    if len(data) > limit:
+        raise Misuse("FILE_TOO_LARGE", f"{path}: larger than {limit} bytes")
+    return data
+
+
+def parse_hex(text: str, what: str) -> bytes:
+    """Hex of any case. Raises ``Misuse`` (``BAD_HEX``)."""
+    try:
+        return bytes.fromhex(text.strip())
+    except ValueError:
+        raise Misuse("BAD_HEX", f"{what} is not hex") from None
+
+
+def parse_time(text: str | None) -> datetime:
+    """RFC 3339 with a time zone; ``None`` = now.
+
+    Raises ``Misuse`` (``BAD_TIME``).
+    """
+    if text is None:
+        return datetime.now(timezone.utc)
+    try:
+        found = datetime.fromisoformat(text.replace("Z", "+00:00").replace("z", "+00:00"))
+    except ValueError:
+        raise Misuse("BAD_TIME", "--at needs RFC 3339, e.g. 2026-01-31T12:00:00Z") from None
+    if found.tzinfo is None:
+        raise Misuse("BAD_TIME", "--at needs a time zone, e.g. 2026-01-31T12:00:00Z")
+    return found
+
+
+def read_all(paths: Sequence[Path]) -> list[bytes]:
+    """Content of several files."""
+    return [read_file(path) for path in paths]

@@ -1,0 +1,182 @@
+"""The whole command line of cgpuctl in one place, importing nothing heavy: commands load when they run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cgpu_agent import __version__
+
+DEFAULT_AUDIENCE = "local"
+_BANKS = ("sha1", "sha256", "sha384", "sha512")
+
+_Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command sets ``module``: the module of ``cgpu_agent.cli`` whose ``run`` carries it out."""
+    parser = argparse.ArgumentParser(
+        prog="cgpuctl",
+        description="Evidence of a confidential GPU VM: get it, read it, verify it.",
+        epilog="Exit status: 0 pass, 1 refused (with the reason), 2 usage. See cgpuctl(1).",
+    )
+    parser.add_argument("--version", action="version", version=f"cgpuctl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _status(commands)
+    _doctor(commands)
+    _boot(commands)
+    _evidence(commands)
+    _verify(commands)
+    _eventlog(commands)
+    _quote(commands)
+    _completion(commands)
+    return parser
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _socket(parser: argparse.ArgumentParser, what: str, variable: str) -> None:
+    parser.add_argument("--socket", metavar="PATH", help=f"{what} (default: {variable}, else /run/cgpu-agent)")
+
+
+def _status(commands: _Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "status",
+        help="what the agent is doing",
+        description="What the agent is doing, for root and the agent's user. Exit status: 0 serving, 1 otherwise.",
+    )
+    _socket(parser, "the agent's admin socket", "CGPU_AGENT_ADMIN_SOCKET")
+    _json(parser)
+    parser.set_defaults(module="status")
+
+
+def _doctor(commands: _Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what stands in the way on this machine",
+        description="Check what an operator of a confidential GPU VM must know; each finding comes with its remedy. "
+        "Best as root. Exit status: 0 nothing failed, 1 otherwise.",
+    )
+    _socket(parser, "the agent's socket", "CGPU_AGENT_SOCKET")
+    _json(parser)
+    parser.set_defaults(module="doctor")
+
+
+def _boot(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser("boot", help="what booted here", description="What booted here.")
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    parser = verbs.add_parser(
+        "show",
+        help="tell the boot as a story",
+        description="Tell the boot: firmware, keys, loader, kernel, command line, and which PCRs the logs explain. "
+        "Live values are not signed: for evidence use cgpuctl evidence get and cgpuctl verify.",
+    )
+    parser.add_argument("--bundle", type=Path, metavar="FILE", help="a bundle's boot instead (told, not judged)")
+    _socket(parser, "the agent's socket", "CGPU_AGENT_SOCKET")
+    _json(parser)
+    parser.set_defaults(module="boot")
+
+
+def _evidence(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser("evidence", help="get evidence from the agent", description="Evidence of this VM.")
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    parser = verbs.add_parser(
+        "get",
+        help="get a bundle",
+        description="Get an evidence bundle that names you, nonce and audience. Judge it with cgpuctl verify.",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (default: stdout)")
+    parser.add_argument("--nonce", metavar="HEX", help="the relying party's nonce (default: a random one, printed)")
+    parser.add_argument(
+        "--audience",
+        default=DEFAULT_AUDIENCE,
+        metavar="NAME",
+        help=f"the relying party it is for (default: {DEFAULT_AUDIENCE})",
+    )
+    binding = parser.add_mutually_exclusive_group()
+    binding.add_argument("--user-data", metavar="HEX", help="up to 64 bytes to bind")
+    binding.add_argument("--public-key", type=Path, metavar="FILE", help="key to bind (DER SubjectPublicKeyInfo)")
+    _socket(parser, "the agent's socket", "CGPU_AGENT_SOCKET")
+    parser.set_defaults(module="evidence")
+
+
+def _verify(commands: _Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="judge an evidence bundle offline",
+        description="Judge an evidence bundle. Needs no agent, no TPM and no network. "
+        "Exit status: 0 accepted, 1 refused.",
+    )
+    parser.add_argument("bundle", type=Path, metavar="FILE", help="the bundle; - for standard input")
+    parser.add_argument("--nonce", required=True, metavar="HEX", help="the nonce you sent")
+    parser.add_argument(
+        "--audience",
+        default=DEFAULT_AUDIENCE,
+        metavar="NAME",
+        help=f"your name, as the evidence must hold it (default: {DEFAULT_AUDIENCE})",
+    )
+    parser.add_argument("--at", metavar="RFC3339", help="judge certificates at this time (default: now)")
+    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
+    parser.add_argument("--ak-root", help="trusted root for AK certificates (PEM or DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--ak-intermediate", help="CA certificates below it (PEM or DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument(
+        "--ak-name", action="append", default=[], metavar="HEX", help="Name of a platform AK that you enrolled"
+    )
+    parser.add_argument("--user-data", metavar="HEX", help="user data the evidence must bind")
+    parser.add_argument("--public-key", type=Path, metavar="FILE", help="key the evidence must bind (DER SPKI)")
+    parser.add_argument(
+        "--allow-unendorsed", action="store_true", help="accept an AK nobody vouches for; the verdict says so"
+    )
+    parser.add_argument(
+        "--allow-no-boot-log", action="store_true", help="accept a missing firmware log; the verdict says so"
+    )
+    _json(parser)
+    parser.set_defaults(module="verify")
+
+
+def _eventlog(commands: _Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "eventlog",
+        help="parse and replay a raw TCG event log",
+        description="Parse a TCG event log (legacy, crypto-agile or CCEL), replay every bank and tell the boot. "
+        "A log alone proves nothing: compare its PCRs with a quote's.",
+    )
+    parser.add_argument("log", type=Path, metavar="FILE", help="the raw log; - for standard input")
+    parser.add_argument("--kind", choices=("tpm", "ccel"), help="whose log it is (default: recognised)")
+    _json(parser)
+    parser.set_defaults(module="eventlog")
+
+
+def _quote(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser("quote", help="judge bare TPM quotes", description="Judge bare TPM quotes.")
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    parser = verbs.add_parser(
+        "verify",
+        help="judge a quote offline",
+        description="Judge a TPM2_Quote by its AK. What is not given is not compared, and the verdict says so. "
+        "Whether the AK is a real TPM's is not judged here (see cgpuctl verify).",
+    )
+    parser.add_argument("--attest", type=Path, required=True, metavar="FILE", help="TPMS_ATTEST")
+    parser.add_argument("--signature", type=Path, required=True, metavar="FILE", help="TPMT_SIGNATURE or raw RSA")
+    parser.add_argument(
+        "--ak", type=Path, required=True, metavar="FILE", help="PEM, DER, certificate, TPMT_PUBLIC or TPM2B_PUBLIC"
+    )
+    parser.add_argument("--pcrs", type=Path, metavar="FILE", help='PCR values as JSON {"index": "hex"}')
+    parser.add_argument("--nonce", metavar="HEX", help="expected extraData")
+    parser.add_argument("--bank", choices=_BANKS, default="sha256", help="PCR bank (default: sha256)")
+    parser.add_argument("--allow-sha1-bank", action="store_true", help="accept PCR values of the SHA-1 bank")
+    _json(parser)
+    parser.set_defaults(module="quote")
+
+
+def _completion(commands: _Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "completion",
+        help="print a shell completion script",
+        description="Print a completion script, e.g. for bash: cgpuctl completion bash > "
+        "/usr/share/bash-completion/completions/cgpuctl",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell")
+    parser.set_defaults(module="completion")

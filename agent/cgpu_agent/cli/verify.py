@@ -1,0 +1,126 @@
+"""``cgpuctl verify``: judge an evidence bundle offline."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cryptography import x509
+
+from cgpu_agent.cli import output
+from cgpu_agent.cli.inputs import parse_hex, parse_time, read_file
+from cgpu_agent.errors import HostileInput, Misuse
+from cgpu_agent.verifier.certificate import load_certificates
+from cgpu_agent.verifier.evidence import EvidenceResult, RelyingParty, verify_evidence
+from cgpu_agent.wire import strictjson
+from cgpu_agent.wire.bundle import MAX_BUNDLE
+
+
+def run(arguments: argparse.Namespace) -> int:
+    party = RelyingParty(
+        audience=arguments.audience,
+        nonce=parse_hex(arguments.nonce, "--nonce"),
+        at=parse_time(arguments.at),
+        roots=_certificates(arguments.ak_root),
+        intermediates=_certificates(arguments.ak_intermediate),
+        pinned_names=frozenset(parse_hex(name, "--ak-name") for name in arguments.ak_name),
+        allow_unendorsed=arguments.allow_unendorsed,
+        allow_no_boot_log=arguments.allow_no_boot_log,
+        user_data=None if arguments.user_data is None else parse_hex(arguments.user_data, "--user-data"),
+        public_key=None if arguments.public_key is None else read_file(arguments.public_key, 8192),
+    )
+    result = verify_evidence(read_file(arguments.bundle, MAX_BUNDLE + 1), party)
+    if arguments.json:
+        output.emit_json(to_json(result))
+    else:
+        show(result)
+    return output.EXIT_PASS if result.accepted else output.EXIT_REFUSED
+
+
+def _certificates(paths: list[Path]) -> list[x509.Certificate]:
+    found: list[x509.Certificate] = []
+    for path in paths:
+        try:
+            found += load_certificates(read_file(path, 1 << 20))
+        except HostileInput as error:
+            raise Misuse("BAD_CERTIFICATE", f"{path}: {error.message}") from error
+    return found
+
+
+def to_json(result: EvidenceResult) -> dict[str, object]:
+    """The verdict for programs: claims that are *signed* apart from what the agent merely *reports*."""
+    statement, manifest = result.statement, result.manifest
+    refusal = result.refusal
+    return {
+        "result": "pass" if result.accepted else "refused",
+        "reason": None if refusal is None else {"step": refusal.id, "slug": refusal.slug, "detail": refusal.detail},
+        "steps": [step.to_json() for step in result.steps],
+        "quote_steps": [step.to_json() for step in result.quote_steps],
+        "endorsement": None if result.endorsement is None else result.endorsement.to_json(),
+        "pcrs": {
+            str(index): {"status": found.status, "note": found.note, "value": (found.actual or b"").hex()}
+            for index, found in sorted(result.registers.items())
+        },
+        "signed": {"secure_boot": None if result.secure_boot is None else result.secure_boot.state},
+        "reported": None
+        if statement is None or manifest is None
+        else {
+            "agent": dict(manifest.agent),
+            "audience": statement.audience,
+            "boot_id": statement.boot_id,
+            "caller": dict(statement.caller),
+            "missing": [{"part": part, "reason": reason} for part, reason in manifest.missing],
+            "purpose": statement.purpose,
+            "time": statement.time,
+        },
+        "agent_log": [
+            {"author": record.author, "content": strictjson.loads(record.content, "record", 4096)}
+            for record in result.records
+        ],
+        "not_proven": not_proven(result),
+    }
+
+
+def not_proven(result: EvidenceResult) -> list[str]:
+    """What an accepted bundle does not show, in words."""
+    if not result.accepted:
+        return []
+    gaps = [step.detail for step in result.steps if step.outcome.value == "skip" and step.slug != "NOT_ASKED"]
+    gaps += [
+        f"PCR {index}: {found.note}"
+        for index, found in sorted(result.registers.items())
+        if found.status == "unexplained"
+    ]
+    if result.secure_boot is not None and result.secure_boot.state != "enabled":
+        gaps.append(f"Secure Boot is {result.secure_boot.state}: {result.secure_boot.reason}")
+    gaps.append(
+        "what the agent itself says (caller, configuration, time) is as good as the file system it runs from; "
+        "nothing here measures that"
+    )
+    return gaps
+
+
+def show(result: EvidenceResult) -> None:
+    """The verdict for people."""
+    output.steps(result.steps)
+    output.say()
+    refusal = result.refusal
+    if refusal is not None:
+        output.say(
+            f"{output.coloured('REFUSED', 'fail')} at step {refusal.number}, {refusal.title}: "
+            f"{output.printable(refusal.detail)} [{refusal.slug}]"
+        )
+        if refusal.slug == "UNENDORSED":
+            output.say("  name a trusted root (--ak-root), an AK you enrolled (--ak-name), or --allow-unendorsed")
+        return
+    output.say(output.coloured("ACCEPTED", "ok"))
+    if result.statement is not None:
+        caller = result.statement.caller
+        unit = caller["unit"] or caller["container"] or "no unit"
+        who = f"uid {caller['uid']}, pid {caller['pid']}, {unit} (identified by {caller['identity_strength']})"
+        output.pairs([("caller", who), ("audience", result.statement.audience)])
+    if result.endorsement is not None:
+        output.pairs([("AK", result.endorsement.detail)])
+    output.say("  not proven:")
+    for gap in not_proven(result):
+        output.say(f"    - {output.printable(gap)}")

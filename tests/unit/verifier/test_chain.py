@@ -1,0 +1,368 @@
+"""A path is found where every rule holds, and each rule alone can refuse it."""
+
+from __future__ import annotations
+
+import base64
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from cgpu_agent.errors import AgentError, HostileInput, Misuse
+from cgpu_agent.verifier.certificate import AK, EK, Purpose, load_certificate, load_certificates
+from cgpu_agent.verifier.chain import MAX_CERTIFICATES, MAX_SIGNATURES, CertificatePath, verify_chain
+from cgpu_agent.verifier.der import MAX_DER, MAX_PEM_BLOCKS, pem_blocks, trim_der
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store
+from fixtures.pki import (
+    AK_EKU,
+    AK_EXTENSIONS,
+    CA_EXTENSIONS,
+    EK_EKU,
+    NOW,
+    Authority,
+    Extension,
+    name,
+    usage,
+)
+
+ROOT = Authority.root()
+ISSUER = ROOT.intermediate("issuer")
+KEY = ec.generate_private_key(ec.SECP256R1())
+CONSTRAINED = (
+    x509.NameConstraints(permitted_subtrees=[x509.DirectoryName(name("leaf"))], excluded_subtrees=None),
+    True,
+)
+UNKNOWN = (x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"\5\0"), True)
+
+
+def ca(path_length: int | None = None) -> Extension:
+    return x509.BasicConstraints(ca=True, path_length=path_length), True
+
+
+def verify(
+    leaf: x509.Certificate,
+    *intermediates: Authority,
+    roots: tuple[Authority, ...] = (ROOT,),
+    purpose: Purpose = AK,
+    at: datetime = NOW,
+) -> CertificatePath:
+    return verify_chain(
+        leaf,
+        [each.certificate for each in intermediates],
+        [each.certificate for each in roots],
+        purpose=purpose,
+        at=at,
+    )
+
+
+def slug_of(*given: object, error: type[AgentError] = HostileInput, **changed: object) -> str:
+    with pytest.raises(error) as caught:
+        verify(*given, **changed)  # type: ignore[arg-type]
+    return caught.value.slug
+
+
+class TestPath:
+    def test_names_the_path_from_the_leaf_to_the_root(self) -> None:
+        leaf = ISSUER.issue(KEY.public_key())
+        path = verify(leaf, ISSUER)
+        assert [each.subject for each in path.certificates] == ["CN=leaf", "CN=issuer", "CN=root"]
+        assert path.certificates[0].sha256 == leaf.fingerprint(hashes.SHA256()).hex()
+        assert path.not_after == NOW + timedelta(days=365)
+        assert path.to_json()[0]["subject"] == "CN=leaf"
+
+    def test_a_root_may_issue_directly_and_unused_certificates_do_no_harm(self) -> None:
+        leaf = ROOT.issue(KEY.public_key())
+        others = (Authority.root("elsewhere"), ISSUER)
+        assert len(verify(leaf, *others, roots=(others[0], ROOT)).certificates) == 2
+
+    def test_a_pinned_intermediate_is_an_anchor(self) -> None:
+        assert len(verify(ISSUER.issue(KEY.public_key()), roots=(ISSUER,)).certificates) == 2
+
+    def test_finds_the_one_of_two_issuers_of_a_name_whose_key_signed(self) -> None:
+        twin = ROOT.intermediate("issuer")
+        leaf = ISSUER.issue(KEY.public_key())
+        assert len(verify(leaf, twin, ISSUER).certificates) == 3
+        assert len(verify(leaf, ISSUER, twin).certificates) == 3
+
+    def test_finds_the_longer_path_where_the_shorter_one_expired(self) -> None:
+        key = ec.generate_private_key(ec.SECP256R1())
+        dead = ROOT.intermediate("issuer", key=key, not_after=NOW - timedelta(days=1))
+        alive = ISSUER.intermediate("issuer", key=key)
+        assert len(verify(dead.issue(KEY.public_key()), dead, alive, ISSUER).certificates) == 4
+
+    def test_accepts_rsa_and_every_sound_hash(self) -> None:
+        key = rsa.generate_private_key(65537, 2048)
+        root = Authority.root(key=key, algorithm=hashes.SHA512())
+        issuer = root.intermediate("issuer", algorithm=hashes.SHA384())
+        assert len(verify(issuer.issue(key.public_key()), issuer, roots=(root,)).certificates) == 3
+
+    def test_accepts_a_ca_for_any_purpose_or_for_this_one(self) -> None:
+        for oid in (AK_EKU, x509.oid.ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE):
+            issuer = ROOT.intermediate("issuer", (*CA_EXTENSIONS, (x509.ExtendedKeyUsage([EK_EKU, oid]), False)))
+            assert verify(issuer.issue(KEY.public_key()), issuer)
+
+    def test_accepts_up_to_five_certificates(self) -> None:
+        chain = [ROOT]
+        for index in range(4):
+            chain.append(chain[-1].intermediate(f"ca {index}"))
+        assert len(verify(chain[3].issue(KEY.public_key()), *chain[1:]).certificates) == 5
+        assert slug_of(chain[4].issue(KEY.public_key()), *chain[1:]) == "PATH_TOO_LONG"
+
+    def test_a_hostile_subject_cannot_steer_a_terminal(self) -> None:
+        leaf = ROOT.issue(KEY.public_key(), "\x1b[2Jleaf\u202e")
+        assert verify(leaf).certificates[0].subject.isprintable()
+
+
+class TestRefusals:
+    def test_no_roots(self) -> None:
+        assert slug_of(ISSUER.issue(KEY.public_key()), ISSUER, roots=()) == "NO_ROOTS"
+
+    def test_a_self_signed_leaf_and_a_leaf_that_is_its_own_root(self) -> None:
+        maker = Authority(KEY, ROOT.certificate)
+        own = maker.issue(KEY.public_key(), issuer=name("leaf"))
+        assert slug_of(own) == "UNKNOWN_ISSUER"
+        assert slug_of(own, roots=(Authority(KEY, own),)) == "UNKNOWN_ISSUER"
+
+    def test_another_root_of_the_same_name(self) -> None:
+        assert (
+            slug_of(ISSUER.issue(KEY.public_key()), ISSUER, roots=(Authority.root(),)) == "BAD_CERTIFICATE_SIGNATURE"
+        )
+
+    def test_a_missing_intermediate(self) -> None:
+        assert slug_of(ISSUER.issue(KEY.public_key())) == "UNKNOWN_ISSUER"
+
+    def test_a_self_made_root_among_the_intermediates(self) -> None:
+        fake = Authority.root("fake root")
+        issuer = fake.intermediate("fake issuer")
+        assert slug_of(issuer.issue(KEY.public_key()), issuer, fake) == "UNKNOWN_ISSUER"
+
+    @pytest.mark.parametrize("position", ["leaf", "issuer", "root"])
+    def test_anything_outside_of_its_validity(self, position: str) -> None:
+        for changed, slug in (
+            ({"not_after": NOW - timedelta(seconds=1)}, "CERTIFICATE_EXPIRED"),
+            ({"not_before": NOW + timedelta(seconds=1)}, "CERTIFICATE_NOT_YET_VALID"),
+        ):
+            mine = {each: changed if each == position else {} for each in ("root", "issuer", "leaf")}
+            root = Authority.root(**mine["root"])
+            issuer = root.intermediate("issuer", **mine["issuer"])
+            assert slug_of(issuer.issue(KEY.public_key(), **mine["leaf"]), issuer, roots=(root,)) == slug
+
+    def test_validity_is_inclusive_at_both_ends(self) -> None:
+        leaf = ROOT.issue(KEY.public_key(), not_before=NOW, not_after=NOW)
+        assert verify(leaf)
+
+    @pytest.mark.parametrize(
+        "extensions",
+        [
+            (),
+            (CA_EXTENSIONS[0],),
+            (CA_EXTENSIONS[1],),
+            (CA_EXTENSIONS[0], (usage("digital_signature", "crl_sign"), True)),
+            ((x509.BasicConstraints(ca=False, path_length=None), True), CA_EXTENSIONS[1]),
+        ],
+    )
+    def test_an_issuer_that_is_no_ca(self, extensions: tuple[Extension, ...]) -> None:
+        issuer = ROOT.intermediate("issuer", extensions)
+        assert slug_of(issuer.issue(KEY.public_key()), issuer) == "NOT_A_CA"
+
+    def test_a_leaf_that_plays_ca(self) -> None:
+        false_ca = ROOT.intermediate("ak", AK_EXTENSIONS)
+        assert slug_of(false_ca.issue(KEY.public_key()), false_ca) == "NOT_A_CA"
+
+    def test_a_ca_below_a_ca_that_may_have_none(self) -> None:
+        top = ROOT.intermediate("top", (ca(0), CA_EXTENSIONS[1]))
+        below = top.intermediate("below")
+        assert verify(top.issue(KEY.public_key()), top)
+        assert slug_of(below.issue(KEY.public_key()), below, top) == "PATH_TOO_LONG"
+
+    def test_a_leaf_for_another_purpose(self) -> None:
+        for extensions in (
+            (),
+            ((x509.ExtendedKeyUsage([EK_EKU]), False),),
+            ((x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE]), False),),
+            (AK_EXTENSIONS[0], (usage("key_encipherment"), True)),
+            (*AK_EXTENSIONS, ca()),
+        ):
+            assert slug_of(ROOT.issue(KEY.public_key(), extensions=extensions)) == "WRONG_PURPOSE"
+        assert slug_of(ROOT.issue(KEY.public_key()), purpose=EK) == "WRONG_PURPOSE"
+
+    def test_a_ca_limited_to_another_purpose(self) -> None:
+        issuer = ROOT.intermediate("issuer", (*CA_EXTENSIONS, (x509.ExtendedKeyUsage([EK_EKU]), False)))
+        assert slug_of(issuer.issue(KEY.public_key()), issuer) == "WRONG_PURPOSE"
+
+    def test_critical_extensions_that_are_not_understood(self) -> None:
+        assert (
+            slug_of(ROOT.issue(KEY.public_key(), extensions=(*AK_EXTENSIONS, UNKNOWN)))
+            == "UNKNOWN_CRITICAL_EXTENSION"
+        )
+        for extension in (UNKNOWN, CONSTRAINED, (CONSTRAINED[0], False)):
+            issuer = ROOT.intermediate("issuer", (*CA_EXTENSIONS, extension))
+            assert slug_of(issuer.issue(KEY.public_key()), issuer) == "UNKNOWN_CRITICAL_EXTENSION"
+
+    def test_weak_keys_anywhere(self) -> None:
+        small = rsa.generate_private_key(65537, 1024)
+        issuer = ROOT.intermediate("issuer", key=small)
+        root = Authority.root(key=small)
+        p224 = ec.generate_private_key(ec.SECP224R1())
+        assert slug_of(ROOT.issue(small.public_key())) == "WEAK_KEY"
+        assert slug_of(ROOT.issue(p224.public_key())) == "WEAK_KEY"
+        assert slug_of(issuer.issue(KEY.public_key()), issuer) == "WEAK_KEY"
+        assert slug_of(root.issue(KEY.public_key()), roots=(root,)) == "WEAK_KEY"
+
+    def test_weak_hashes(self) -> None:
+        """SHA-224 stands for SHA-1, with which the library no longer signs."""
+        assert slug_of(ROOT.issue(KEY.public_key(), algorithm=hashes.SHA224())) == "WEAK_HASH"
+        issuer = ROOT.intermediate("issuer", algorithm=hashes.SHA224())
+        assert slug_of(issuer.issue(KEY.public_key()), issuer) == "WEAK_HASH"
+
+    def test_altered_certificates(self) -> None:
+        der = bytearray(ISSUER.issue(KEY.public_key()).public_bytes(Encoding.DER))
+        der[-1] ^= 1
+        assert slug_of(load_certificate(bytes(der)), ISSUER) == "BAD_CERTIFICATE_SIGNATURE"
+
+    def test_too_many_certificates(self) -> None:
+        leaf = ISSUER.issue(KEY.public_key())
+        many = (ISSUER,) * (MAX_CERTIFICATES + 1)
+        assert slug_of(leaf, *many) == "TOO_MANY_CERTIFICATES"
+        assert slug_of(leaf, roots=many) == "TOO_MANY_CERTIFICATES"
+
+    def test_a_tangle_of_cross_signed_cas_ends_at_the_budget(self) -> None:
+        keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(4)]
+        makers = [Authority(key, ROOT.certificate) for key in keys]
+        tangle = [
+            Authority(child, maker.issue(child.public_key(), "ca", CA_EXTENSIONS, issuer=name("ca")))
+            for maker in makers
+            for child in keys
+        ]
+        assert len(tangle) ** 4 > MAX_SIGNATURES
+        leaf = makers[0].issue(KEY.public_key(), issuer=name("ca"))
+        assert slug_of(leaf, *tangle) == "TOO_MANY_CERTIFICATES"
+
+    def test_a_loop_of_two_cas(self) -> None:
+        first, second = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+        by_second = Authority(second, ROOT.certificate).issue(
+            first.public_key(), "a", CA_EXTENSIONS, issuer=name("b")
+        )
+        by_first = Authority(first, ROOT.certificate).issue(second.public_key(), "b", CA_EXTENSIONS, issuer=name("a"))
+        loop = (Authority(first, by_second), Authority(second, by_first))
+        assert slug_of(loop[0].issue(KEY.public_key()), *loop) == "UNKNOWN_ISSUER"
+
+    def test_a_moment_without_a_time_zone_is_the_callers_mistake(self) -> None:
+        assert slug_of(ROOT.issue(KEY.public_key()), at=NOW.replace(tzinfo=None), error=Misuse) == "NAIVE_TIME"
+
+
+class TestRecordedEkChain:
+    @pytest.mark.parametrize("file", ["ek-rsa.crt", "ek-ecc.crt"])
+    def test_verifies_as_ek_and_not_as_ak_nor_by_another_root(self, vectors: Path, file: str) -> None:
+        folder = vectors / "vm-boot" / "quote-sample"
+        leaf = load_certificate((folder / file).read_bytes())
+        issuers = load_certificates((folder / "issuercert.pem").read_bytes())
+        roots = load_certificates((folder / "swtpm-localca-rootca-cert.pem").read_bytes())
+        at = datetime(2030, 1, 1, tzinfo=timezone.utc)
+        path = verify_chain(leaf, issuers, roots, purpose=EK, at=at)
+        assert [each.subject for each in path.certificates] == [
+            "CN=unknown",
+            "CN=swtpm-localca",
+            "CN=swtpm-localca-rootca",
+        ]
+        for given, purpose, slug in (
+            (roots, AK, "WRONG_PURPOSE"),
+            ((ROOT.certificate,), EK, "UNKNOWN_ISSUER"),
+        ):
+            with pytest.raises(HostileInput) as caught:
+                verify_chain(leaf, issuers, given, purpose=purpose, at=at)
+            assert caught.value.slug == slug
+        with pytest.raises(HostileInput) as caught:
+            verify_chain(leaf, issuers, roots, purpose=EK, at=datetime(2026, 1, 1, tzinfo=timezone.utc))
+        assert caught.value.slug == "CERTIFICATE_NOT_YET_VALID"
+
+
+def test_agrees_with_the_general_verifier_of_the_library() -> None:
+    """An independent opinion on what we accept: the library's own path building, its web rules taken out."""
+    anything = ExtensionPolicy.permit_all()
+    leaf_policy = anything.require_present(x509.ExtendedKeyUsage, Criticality.AGNOSTIC, None)
+    ca_policy = anything.require_present(x509.BasicConstraints, Criticality.AGNOSTIC, None)
+    leaf = ISSUER.issue(KEY.public_key())
+    builder = PolicyBuilder().store(Store([ROOT.certificate])).time(NOW)
+    oracle = builder.extension_policies(ca_policy=ca_policy, ee_policy=leaf_policy).build_client_verifier()
+    theirs = oracle.verify(leaf, [ISSUER.certificate]).chain
+    ours = verify(leaf, ISSUER).certificates
+    assert [each.fingerprint(hashes.SHA256()).hex() for each in theirs] == [each.sha256 for each in ours]
+
+
+class TestLoad:
+    DER = ISSUER.certificate.public_bytes(Encoding.DER)
+    PEM = ISSUER.certificate.public_bytes(Encoding.PEM)
+
+    def test_loads_padded_content_bare_and_inside_pem(self) -> None:
+        padded = self.DER + bytes(4096 - len(self.DER))
+        pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(padded) + b"-----END CERTIFICATE-----\n"
+        for form in (self.DER, padded, self.PEM, pem, self.PEM.replace(b"\n", b"\r\n")):
+            assert load_certificate(form) == ISSUER.certificate
+
+    def test_loads_a_bundle_in_its_order(self) -> None:
+        root = ROOT.certificate.public_bytes(Encoding.PEM)
+        assert load_certificates(self.PEM + b"\n\n" + root) == (ISSUER.certificate, ROOT.certificate)
+
+    @pytest.mark.parametrize(
+        ("data", "slug"),
+        [
+            (b"", "TRUNCATED"),
+            (DER[:-1], "TRUNCATED"),
+            (DER + b"\0\0\1", "TRAILING_BYTES"),
+            (DER + b"\xff" * 8, "TRAILING_BYTES"),
+            (b"\x30\x80" + DER[4:], "BAD_DER"),
+            (b"\x30\x01\x00", "BAD_CERTIFICATE"),
+            (PEM * 2, "BAD_CERTIFICATE"),
+            (PEM.replace(b"CERTIFICATE", b"PUBLIC KEY"), "BAD_CERTIFICATE"),
+            (b"text\n" + PEM, "BAD_DER"),
+            (PEM + b"text", "BAD_PEM"),
+            (PEM.replace(b"M", b"M=", 1), "BAD_PEM"),
+            (PEM.replace(b"END CERTIFICATE", b"END PUBLIC KEY"), "BAD_PEM"),
+            (PEM * (MAX_PEM_BLOCKS + 1), "TOO_LARGE"),
+        ],
+    )
+    def test_refuses_malformed_data(self, data: bytes, slug: str) -> None:
+        with pytest.raises(HostileInput) as caught:
+            load_certificate(data)
+        assert caught.value.slug == slug
+
+
+class TestTrim:
+    @pytest.mark.parametrize(
+        "value",
+        [b"\x30\x00", b"\x30\x7f" + bytes(127), b"\x30\x81\x80" + bytes(128), b"\x30\x82\x01\x00" + bytes(256)],
+    )
+    def test_cuts_zeros_and_only_zeros(self, value: bytes) -> None:
+        assert trim_der(value) == trim_der(value + bytes(500)) == value
+        with pytest.raises(HostileInput) as caught:
+            trim_der(value + bytes(499) + b"\1")
+        assert caught.value.slug == "TRAILING_BYTES"
+
+    @pytest.mark.parametrize(
+        ("value", "slug"),
+        [
+            (b"\x30", "TRUNCATED"),
+            (b"\x30\x82\x01", "TRUNCATED"),
+            (b"\x31\x00", "BAD_DER"),
+            (b"\x30\x80\x00\x00", "BAD_DER"),
+            (b"\x30\x81\x7f" + bytes(127), "BAD_DER"),
+            (b"\x30\x82\x00\x80" + bytes(128), "BAD_DER"),
+            (b"\x30\x84\x00\x00\x01\x00" + bytes(256), "BAD_DER"),
+            (b"\x30\x83\xff\xff\xff", "TOO_LARGE"),
+            (b"\x30\x82" + (MAX_DER - 3).to_bytes(2, "big") + bytes(MAX_DER), "TOO_LARGE"),
+        ],
+    )
+    def test_refuses_lengths_that_der_does_not_have(self, value: bytes, slug: str) -> None:
+        with pytest.raises(HostileInput) as caught:
+            trim_der(value)
+        assert caught.value.slug == slug
+
+    def test_pem_needs_a_block(self) -> None:
+        for data in (b"", b" \n", b"-----BEGIN X-----\n-----END X-----"):
+            with pytest.raises(HostileInput) as caught:
+                pem_blocks(data)
+            assert caught.value.slug == "BAD_PEM"
