@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-
 from cgpu_agent.backends.base import LoadedKey, TpmCommands
 from cgpu_agent.backends.tpm import keys
 from cgpu_agent.backends.tpm.commands import Commands
@@ -208,14 +207,19 @@ def test_saved_sessions_that_others_left_are_cleared_away_once(swtpm: Swtpm) -> 
 
 def test_full_nv_memory_is_named(swtpm: Swtpm) -> None:
     commands = Commands(swtpm.transport())
-    with pytest.raises(DeviceFault) as caught:
+
+    def fill_with_data() -> None:
         for index in range(0x01C10000, 0x01C10100):
             swtpm.provision_nv(index, bytes(2048))
-    assert caught.value.slug == "TPM_NV_FULL"
-    with pytest.raises(DeviceFault) as caught:
+
+    def fill_with_keys() -> None:
         for handle in range(0x81000100, 0x81000200):
             commands.create_platform_ak(handle, "ecc")
-    assert caught.value.slug == "TPM_NV_FULL"
+
+    for fill in (fill_with_data, fill_with_keys):
+        with pytest.raises(DeviceFault) as caught:
+            fill()
+        assert caught.value.slug == "TPM_NV_FULL"
     assert draw(commands) == 16
     commands.close()
 

@@ -24,30 +24,36 @@ def is_call(node: ast.expr, function: str) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node.func) == function
 
 
-def violations(source: str) -> list[str]:
-    """Uses of a library result other than ``marshal()``: on the call itself, or on a name bound to it."""
-    tree = ast.parse(source)
-    found = []
-    results = set()
+def bound_to_results(tree: ast.AST) -> set[str]:
+    found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and is_call(node.value, "self._call"):
             for target in node.targets:
-                results |= {name.id for name in ast.walk(target) if isinstance(name, ast.Name)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr != "marshal":
-            base = node.value
-            while isinstance(base, ast.Subscript):
-                base = base.value
-            if isinstance(base, ast.Call) and not is_call(base, "super"):
-                found.append(ast.unparse(node))
-            elif isinstance(base, ast.Name) and base.id in results:
-                found.append(ast.unparse(node))
-        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id in results:
-            found.append(ast.unparse(node))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("self._esys."):
-            if node.func.attr != "close":  # type: ignore[attr-defined]
-                found.append(ast.unparse(node))
+                found |= {name.id for name in ast.walk(target) if isinstance(name, ast.Name)}
     return found
+
+
+def violations(source: str) -> list[str]:
+    """Uses of a library result other than ``marshal()``: on the call itself, or on a name bound to it."""
+    tree = ast.parse(source)
+    results = bound_to_results(tree)
+
+    def forbidden(node: ast.AST) -> bool:
+        if isinstance(node, ast.Call):
+            function = ast.unparse(node.func)
+            return function.startswith("self._esys.") and function != "self._esys.close"
+        if isinstance(node, ast.Subscript):
+            return isinstance(node.value, ast.Name) and node.value.id in results
+        if not isinstance(node, ast.Attribute) or node.attr == "marshal":
+            return False
+        base = node.value
+        while isinstance(base, ast.Subscript):
+            base = base.value
+        if isinstance(base, ast.Name):
+            return base.id in results
+        return isinstance(base, ast.Call) and not is_call(base, "super")
+
+    return [ast.unparse(node) for node in ast.walk(tree) if forbidden(node)]
 
 
 def test_one_file_imports_the_tss() -> None:

@@ -84,7 +84,8 @@ def secure_boot_stage(scene: Scene, state: SecureBoot) -> Stage:
         if database is not None:
             told.append(_database(scene, name, database))
     told += [_authority(scene, authority) for authority in state.authorities]
-    told += [Statement(f"Mind: {warning}.", tuple(rests_on), digested=True) for warning in state.warnings]
+    # Some warn of what the log does not show; absence is never under a digest.
+    told += [Statement(f"Mind: {warning}.", tuple(rests_on), digested=False) for warning in state.warnings]
     note = "Holds where the register's quoted value equals the replay of this log."
     return Stage("secure-boot", "Secure Boot and its keys", note, tuple(told))
 
@@ -192,9 +193,9 @@ def other(scene: Scene) -> Stage:
     """Every event no stage understood, so that nothing is left out."""
     told: list[Statement] = []
     for seen in scene.waiting():
-        content = _content(seen.proof.proven if seen.proof is not None else seen.event.data)
-        name = type_name(seen.event.claimed_type)
-        shown = f"{len(seen.event.data)} bytes" if content is None else f"“{content}”"
+        data = seen.event.data if seen.proof is None else seen.proof.proven
+        content, name = _content(data), type_name(seen.event.claimed_type)
+        shown = f"{len(data)} bytes" if content is None else f"“{content}”"
         text = f"{scene.register(seen.event)}: {shown}, labelled {name}, digest {seen.digest.hex()}."
         facts: dict[str, Value] = {"claimed_type": name, "content": content, "digest": seen.digest.hex()}
         told.append(Statement(text, scene.tell([seen.index]), seen.proof is not None, facts))

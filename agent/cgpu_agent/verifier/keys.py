@@ -87,7 +87,7 @@ def require_strong(key: object) -> PublicKey:
         if not MIN_RSA_BITS <= key.key_size <= MAX_RSA_BITS:
             raise HostileInput("WEAK_KEY", f"an RSA key of {key.key_size} bits")
         exponent = key.public_numbers().e
-        if exponent < MIN_EXPONENT or exponent % 2 == 0 or exponent >= 1 << 32:
+        if not MIN_EXPONENT <= exponent < 1 << 32:
             raise HostileInput("WEAK_KEY", "an RSA key with an unsuitable public exponent")
         return key
     if isinstance(key, EllipticCurvePublicKey):

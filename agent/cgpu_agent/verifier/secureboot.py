@@ -321,5 +321,7 @@ def _warnings(state: State, before: list[_Seen], authorities: tuple[Authority, .
     if any(_digest_in(s.event, bank, _HARMLESS_ACTIONS) for s in before):
         found.append("the firmware says that protection against DMA was off")
     if state == "enabled" and not any(a.proven and not a.before_separator for a in authorities):
-        found.append("Secure Boot was on, but no authority was used: nothing in this log was checked against a key")
+        found.append(
+            "Secure Boot was on, but no use of an authority is proven: nothing shows that an image was checked"
+        )
     return tuple(found)

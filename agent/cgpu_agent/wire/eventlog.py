@@ -161,7 +161,7 @@ def _crypto_agile(data: bytes, reader: Reader, first: Event, asked: Kind | None)
     sizes = dict(spec.algorithms)
     events, padding = [first], 0
     while reader.remaining:
-        if _at_padding(data, reader.offset):
+        if _at_padding(data, reader.offset, kind):
             padding = _padding(reader, kind)
             break
         _count(reader, events)
@@ -226,10 +226,10 @@ def _check_register(reader: Reader, event: Event, kind: Kind) -> None:
         raise reader.fail("BAD_REGISTER", f"event {event.index} is in register {event.pcr} of a {kind} log")
 
 
-def _at_padding(data: bytes, offset: int) -> bool:
-    # No record begins so: index and type are never both all ones, nor both zero (EV_PREBOOT_CERT is long reserved).
+def _at_padding(data: bytes, offset: int, kind: Kind) -> bool:
+    # No record begins with register and type all ones, and a CCEL has no register 0.
     start = data[offset : offset + 8]
-    return start in (b"\xff" * len(start), bytes(len(start)))
+    return start == b"\xff" * len(start) or (kind == "ccel" and not any(start))
 
 
 def _padding(reader: Reader, kind: Kind) -> int:

@@ -223,6 +223,22 @@ class TestRefusals:
         der[-1] ^= 1
         assert slug_of(load_certificate(bytes(der)), ISSUER) == "BAD_CERTIFICATE_SIGNATURE"
 
+    def test_a_certificate_of_version_1_with_extensions(self) -> None:
+        """Version 1 has no version field: take it out and mend the lengths around it."""
+
+        def sequence(content: bytes) -> bytes:
+            size = len(content)
+            return b"\x30" + (b"\x81" + bytes([size]) if size < 256 else b"\x82" + size.to_bytes(2, "big")) + content
+
+        honest = ROOT.issue(KEY.public_key(), "a subject that makes all lengths need a byte of their own")
+        version_3 = b"\xa0\x03\x02\x01\x02"
+        signed = honest.tbs_certificate_bytes
+        before, after = honest.public_bytes(Encoding.DER).split(signed)
+        assert len(before) == 4
+        bent = load_certificate(sequence(sequence(signed.split(version_3, 1)[1]) + after))
+        assert bent.version is x509.Version.v1
+        assert slug_of(bent) == "BAD_CERTIFICATE"
+
     def test_too_many_certificates(self) -> None:
         leaf = ISSUER.issue(KEY.public_key())
         many = (ISSUER,) * (MAX_CERTIFICATES + 1)

@@ -89,6 +89,11 @@ class TestLoad:
         spki = edwards.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         assert slug_of(call=lambda: load_attestation_key(spki)) == "UNKNOWN_ALGORITHM"
 
+    def test_refuses_an_even_exponent(self) -> None:
+        spki = SIGNERS["rsassa"].der()
+        assert spki.endswith(b"\x02\x03\x01\x00\x01")
+        slug_of(call=lambda: load_attestation_key(spki[:-1] + b"\x02"))
+
     def test_a_weak_key_cannot_be_slipped_in_by_construction(self) -> None:
         small = rsa.generate_private_key(65537, 1024).public_key()
         assert slug_of(call=lambda: AttestationKey(small, None)) == "WEAK_KEY"
@@ -184,8 +189,10 @@ class TestSignature:
 
     def test_refuses_a_scheme_of_the_other_kind_of_key(self) -> None:
         elliptic, rsa_ak = (load_attestation_key(SIGNERS[name].pem()) for name in ("p256", "rsassa"))
-        assert slug_of(call=lambda: verify_signature(elliptic, b"d", SIGNERS["rsassa"].sign(b"d"))) == "BAD_SIGNATURE"
-        assert slug_of(call=lambda: verify_signature(rsa_ak, b"d", SIGNERS["p256"].sign(b"d"))) == "BAD_SIGNATURE"
+        for ak, signer in ((elliptic, SIGNERS["rsassa"]), (rsa_ak, SIGNERS["p256"])):
+            with pytest.raises(HostileInput, match="does not fit the kind of key") as caught:
+                verify_signature(ak, b"d", signer.sign(b"d"))
+            assert caught.value.slug == "BAD_SIGNATURE"
 
 
 class TestQuote:

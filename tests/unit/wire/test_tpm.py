@@ -199,6 +199,10 @@ class TestPcrs:
         both = b"".join(values((0, 1)).values())
         assert slug_of(tpm.pcr_digest, {0: both[:cut], 1: both[cut:]}, (0, 1), "sha256") == "BAD_VALUE"
 
+    def test_digest_refuses_values_of_two_banks(self) -> None:
+        mixed = values((0,)) | values((1,), "sha384")
+        assert slug_of(tpm.pcr_digest, mixed, (0, 1), "sha256") == "BAD_VALUE"
+
     def test_digest_refuses_values_of_no_digest_size(self) -> None:
         assert slug_of(tpm.pcr_digest, {0: b"x"}, (0,), "sha256") == "BAD_VALUE"
 

@@ -125,23 +125,23 @@ class Esapi:
     def capability(self, kind: int, first: int, count: int) -> bytes:
         """TPM2_GetCapability: TPMS_CAPABILITY_DATA."""
         _, data = self._call("GetCapability", self._esys.get_capability, kind, first, count)
-        return _bytes(data.marshal())
+        return _bytes(data)
 
     def read_clock(self) -> bytes:
         """TPM2_ReadClock: TPMS_TIME_INFO."""
         info = self._call("ReadClock", self._esys.read_clock)
-        return _bytes(info.marshal())
+        return _bytes(info)
 
     def get_random(self, count: int) -> bytes:
         """TPM2_GetRandom."""
         data = self._call("GetRandom", self._esys.get_random, count)
-        return _content(data.marshal())
+        return _content(data)
 
     def pcr_read(self, selection: bytes) -> tuple[int, bytes, bytes]:
         """TPM2_PCR_Read: update counter, TPML_PCR_SELECTION of what was read, TPML_DIGEST."""
         wanted = _argument(TPML_PCR_SELECTION, selection)
         counter, chosen, values = self._call("PCR_Read", self._esys.pcr_read, wanted)
-        return int(counter), _bytes(chosen.marshal()), _bytes(values.marshal())
+        return int(counter), _bytes(chosen), _bytes(values)
 
     def pcr_extend(self, index: int, digests: bytes) -> None:
         """TPM2_PCR_Extend by a TPML_DIGEST_VALUES."""
@@ -158,13 +158,13 @@ class Esapi:
     def read_public(self, key: Handle) -> bytes:
         """TPM2_ReadPublic: TPMT_PUBLIC."""
         public, *_ = self._call("ReadPublic", self._esys.read_public, key)
-        return _content(public.marshal())
+        return _content(public)
 
     def create_primary(self, template: bytes) -> tuple[Handle, bytes]:
         """TPM2_CreatePrimary from a TPMT_PUBLIC in the endorsement hierarchy: the key and its TPMT_PUBLIC."""
         wanted = _sized(TPM2B_PUBLIC, template)
         handle, public, *_ = self._call("CreatePrimary", self._esys.create_primary, None, wanted, ESYS_TR.ENDORSEMENT)
-        return Handle(handle), _content(public.marshal())
+        return Handle(handle), _content(public)
 
     def evict_control(self, key: Handle, tpm_handle: int) -> None:
         """TPM2_EvictControl: copy a loaded key to a persistent handle of the owner."""
@@ -175,7 +175,7 @@ class Esapi:
         sensitive = _argument(TPM2B_SENSITIVE_CREATE, sized(sized(auth) + sized(b"")))
         wanted = _sized(TPM2B_PUBLIC, template)
         private, public, *_ = self._call("Create", self._esys.create, parent, sensitive, wanted)
-        return _content(public.marshal()), _content(private.marshal())
+        return _content(public), _content(private)
 
     def load(self, parent: Handle, public: bytes, private: bytes) -> Handle:
         """TPM2_Load."""
@@ -186,7 +186,7 @@ class Esapi:
     def context_save(self, key: Handle) -> bytes:
         """TPM2_ContextSave: TPMS_CONTEXT, with what ESYS needs to load it again."""
         context = self._call("ContextSave", self._esys.context_save, key)
-        return _bytes(context.marshal())
+        return _bytes(context)
 
     def context_load(self, context: bytes) -> Handle:
         """TPM2_ContextLoad."""
@@ -210,23 +210,23 @@ class Esapi:
         """TPM2_Quote with the key's own scheme."""
         pcrs = _argument(TPML_PCR_SELECTION, selection)
         attest, signature = self._call("Quote", self._esys.quote, key, pcrs, qualifying_data)
-        return Signed(_content(attest.marshal()), _bytes(signature.marshal()))
+        return Signed(_content(attest), _bytes(signature))
 
     def certify(self, key: Handle, by: Handle, qualifying_data: bytes) -> Signed:
         """TPM2_Certify with the scheme of ``by``."""
         scheme = TPMT_SIG_SCHEME(scheme=TPM2_ALG.NULL)
         attest, signature = self._call("Certify", self._esys.certify, key, by, qualifying_data, scheme)
-        return Signed(_content(attest.marshal()), _bytes(signature.marshal()))
+        return Signed(_content(attest), _bytes(signature))
 
     def nv_read_public(self, index: Handle) -> bytes:
         """TPM2_NV_ReadPublic: TPM2B_NV_PUBLIC."""
         public, _ = self._call("NV_ReadPublic", self._esys.nv_read_public, index)
-        return _bytes(public.marshal())
+        return _bytes(public)
 
     def nv_read(self, index: Handle, count: int, offset: int) -> bytes:
         """TPM2_NV_Read by the owner."""
         data = self._call("NV_Read", self._esys.nv_read, index, count, offset, ESYS_TR.OWNER)
-        return _content(data.marshal())
+        return _content(data)
 
     def start_policy_session(self, hash_algorithm: int) -> Handle:
         """TPM2_StartAuthSession: an unsalted policy session that lives until it is flushed."""
@@ -260,7 +260,7 @@ class Esapi:
         secret = _sized(TPM2B_ENCRYPTED_SECRET, encrypted_secret)
         by = ESYS_TR.PASSWORD if session is None else session
         found = self._call("ActivateCredential", self._esys.activate_credential, key, ek, blob, secret, session2=by)
-        return _content(found.marshal())
+        return _content(found)
 
     def _call(self, command: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.broken:
@@ -299,12 +299,15 @@ def _sized(kind: Any, content: bytes) -> Any:
     return _argument(kind, sized(content))
 
 
-def _bytes(marshalled: Any) -> bytes:
-    return bytes(marshalled)
-
-
-def _content(marshalled: Any) -> bytes:
+def _bytes(result: Any) -> bytes:
     try:
-        return parse_sized(_bytes(marshalled), "TPM2B")
+        return bytes(result.marshal())
+    except Exception as error:
+        raise DeviceFault("TPM_ERROR", "an answer of the TPM breaks its format") from error
+
+
+def _content(result: Any) -> bytes:
+    try:
+        return parse_sized(_bytes(result), "TPM2B")
     except HostileInput as error:
         raise DeviceFault("TPM_ERROR", "an answer of the TPM breaks its format") from error

@@ -6,10 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 
 import pytest
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from tpm2_pytss import TPM2B_PUBLIC, utils
-
 from cgpu_agent.backends.base import AkAlgorithm, KeyBlob, LoadedKey
 from cgpu_agent.backends.tpm import keys, raw
 from cgpu_agent.backends.tpm.commands import Commands
@@ -28,6 +24,9 @@ from cgpu_agent.wire.tpm import (
     parse_signature,
     pcr_digest,
 )
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from tpm2_pytss import TPM2B_PUBLIC, utils
 
 pytestmark = pytest.mark.swtpm
 
@@ -99,7 +98,7 @@ def test_refuses_another_amount_of_randomness(commands: Commands, count: int) ->
 
 
 def test_reads_more_pcrs_than_fit_one_answer(commands: Commands) -> None:
-    expected = {index: bytes(32) for index in range(24)} | {index: b"\xff" * 32 for index in range(17, 23)}
+    expected = dict.fromkeys(range(24), bytes(32)) | dict.fromkeys(range(17, 23), b"\xff" * 32)
     assert commands.pcr_read(ALL_PCRS) == expected
 
 

@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-
 from cgpu_agent.backends.tpm import raw
 from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.backends.tpm.software import Swtpm
@@ -139,9 +138,8 @@ def test_refuses_a_directory_whose_name_swtpm_would_misread(tmp_path: Path, name
 def test_program_that_ends_at_once_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "swtpm").symlink_to("/bin/false")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with tempfile.TemporaryDirectory() as folder:
-        with pytest.raises(DeviceFault) as caught:
-            Swtpm(Path(folder) / "tpm").start()
+    with tempfile.TemporaryDirectory() as folder, pytest.raises(DeviceFault) as caught:
+        Swtpm(Path(folder) / "tpm").start()
     assert caught.value.slug == "SWTPM_FAILED"
 
 

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from cgpu_agent.backends.tpm.record import Replayer
 from cgpu_agent.backends.tpm.transport import Device, UnixPerCommand, converse, open_tpm, response_code
 from cgpu_agent.errors import DeviceFault, Misuse
@@ -75,7 +74,7 @@ def test_silent_socket_runs_into_the_deadline() -> None:
 
 def test_expired_deadline_sends_nothing() -> None:
     seen: list[bytes] = []
-    with stream_tpm(lambda command: seen.append(command)) as path:
+    with stream_tpm(seen.append) as path:
         assert fault(UnixPerCommand(path).transact, GET_RANDOM_4, time.monotonic() - 1).slug == "TPM_TIMEOUT"
     assert not seen
 

@@ -1,0 +1,79 @@
+# "make help" lists every target; the two that matter are "make demo" and "make test".
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench fuzz install uninstall dist clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+PREFIX ?= /usr
+DESTDIR ?=
+SOURCES := agent tests packaging
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: ## run the whole agent on this machine: no TPM, GPU or cloud needed
+	@PYTHON=$(PYTHON) sh packaging/demo/demo.sh start
+
+demo-stop: ## end the demo and remove what it made
+	@sh packaging/demo/demo.sh stop
+
+test: dev ## all tests, from nothing
+	$(BIN)/python -m pytest
+
+check: dev lint types imports fresh units ## every gate but the tests
+
+dev: ## install what tests and gates need (Debian packages, .venv)
+	@PYTHON=$(PYTHON) sh packaging/bootstrap.sh dev
+
+lint: dev ## style: ruff, shellcheck
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	shellcheck packaging/*.sh packaging/demo/*.sh .ci/run
+
+types: dev ## mypy --strict
+	$(BIN)/mypy
+
+imports: dev ## the floors: imports only point down
+	$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+
+fresh: dev ## generated stubs are those of the protos
+	sh packaging/generate.sh --check
+
+units: dev ## systemd units and man pages
+	$(BIN)/python -m pytest -q tests/lint
+
+fmt: dev ## format the code
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+generate: ## generate the gRPC stubs from protos/
+	sh packaging/generate.sh
+
+bench: dev ## measure; ratios on the terminal, numbers in build/bench.json
+	$(BIN)/python tests/bench/bench.py
+
+fuzz: dev ## fuzz every parser for long (FUZZ_EXAMPLES=20000)
+	HYPOTHESIS_PROFILE=campaign $(BIN)/python -m pytest tests/fuzz
+
+install: ## install units, configuration, man pages and completions (DESTDIR, PREFIX); the package itself by pip
+	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system/cgpu-agent.service.d $(DESTDIR)$(PREFIX)/lib/systemd/system/dev-tpmrm0.device.d
+	install -m 644 systemd/cgpu-agent.service systemd/*.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/
+	install -m 644 systemd/cgpu-agent.service.d/*.conf $(DESTDIR)$(PREFIX)/lib/systemd/system/cgpu-agent.service.d/
+	install -m 644 systemd/dev-tpmrm0.device.d/*.conf $(DESTDIR)$(PREFIX)/lib/systemd/system/dev-tpmrm0.device.d/
+	install -D -m 644 systemd/cgpu-agent.sysusers.conf $(DESTDIR)$(PREFIX)/lib/sysusers.d/cgpu-agent.conf
+	install -D -m 644 systemd/cgpu-agent.tmpfiles.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/cgpu-agent.conf
+	install -D -m 644 systemd/config.toml $(DESTDIR)/etc/cgpu-agent/config.toml
+	install -D -m 644 docs/man/cgpuctl.1 $(DESTDIR)$(PREFIX)/share/man/man1/cgpuctl.1
+	install -D -m 644 docs/man/cgpu-agent.8 $(DESTDIR)$(PREFIX)/share/man/man8/cgpu-agent.8
+	install -D -m 644 docs/man/cgpu-agent.toml.5 $(DESTDIR)$(PREFIX)/share/man/man5/cgpu-agent.toml.5
+
+uninstall: ## remove what "install" installed, but the configuration
+	rm -rf $(addprefix $(DESTDIR)$(PREFIX)/lib/systemd/system/,cgpu-agent.service cgpu-agent.socket cgpu-agent-admin.socket cgpu-agent.service.d dev-tpmrm0.device.d/50-cgpu-agent.conf)
+	rm -f $(DESTDIR)$(PREFIX)/lib/sysusers.d/cgpu-agent.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/cgpu-agent.conf
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/man/,man1/cgpuctl.1 man8/cgpu-agent.8 man5/cgpu-agent.toml.5)
+
+dist: dev ## build the wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+
+clean: demo-stop ## remove everything that can be made again
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

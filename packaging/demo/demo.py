@@ -1,0 +1,259 @@
+"""The demo, step by step: provision a software TPM as a cloud would, start the daemon, be a workload, be a relying party.
+
+State: ``.demo/state`` links to a short temporary directory (socket paths have a limit); ``stop`` removes both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+from authority import certify
+from cgpu_agent.backends.tpm.owner import TpmOwner
+from cgpu_agent.backends.tpm.software import Swtpm
+from cgpu_agent.backends.tpm.transport import open_tpm
+from cgpu_agent.cli.verify import not_proven
+from cgpu_agent.client import Agent
+from cgpu_agent.domain.keys import AK_CERTIFICATE_INDEX
+from cgpu_agent.errors import AgentError
+from cgpu_agent.verifier.boot import boot_story
+from cgpu_agent.verifier.certificate import load_certificates
+from cgpu_agent.verifier.evidence import EvidenceResult, RelyingParty, verify_evidence
+from cgpu_agent.verifier.keys import load_attestation_key
+from cgpu_agent.wire import eventlog
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LINK = ROOT / ".demo" / "state"
+RECORDING = ROOT / "tests" / "vectors" / "vm-boot" / "shim-grub-ms-secboot" / "binary_bios_measurements"
+AUDIENCE = "https://relying-party.example"
+AK_HANDLE = 0x81000003
+READY_SECONDS = 60
+
+
+@contextlib.contextmanager
+def step(number: int, title: str) -> Iterator[list[str]]:
+    """Print what is being done, then how it ended and how long it took."""
+    terminal = sys.stdout.isatty()
+    if terminal:
+        print(f"[{number}/5] {title} ...", end="\r", flush=True)
+    begun = time.monotonic()
+    results: list[str] = []
+    yield results
+    print(f"[{number}/5] {title}: {'; '.join(results)} ({time.monotonic() - begun:.1f} s)", flush=True)
+
+
+def running(state: Path, name: str, marker: str) -> int | None:
+    """Process id of a part of the demo that still runs; a recycled pid is not ours."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int((state / f"{name}.pid").read_text())
+        if marker.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
+    return None
+
+
+def start_tpm(state: Path) -> Swtpm:
+    """An empty software TPM, with the recorded boot extended into its PCRs as a firmware would."""
+    tpm = Swtpm(state / "t")
+    tpm.start()
+    (state / "swtpm.pid").write_text(str(tpm.pid))
+    log = eventlog.parse(RECORDING.read_bytes(), kind="tpm")
+    tpm.replay_boot([(event.pcr, dict(event.digests)["sha256"]) for event in log.events if event.measured])
+    return tpm
+
+
+def provision(tpm: Swtpm, state: Path) -> None:
+    """What a cloud has done before the VM starts: a platform AK at its handle, its certificate in NV."""
+    owner = TpmOwner(open_tpm(f"swtpm:{tpm.data_socket}"))
+    try:
+        job = owner.run(lambda commands: commands.create_platform_ak(AK_HANDLE, "rsa"), timeout=60)
+        public = asyncio.run(job)
+    finally:
+        owner.close()
+    leaf, root = certify(load_attestation_key(public).spki)
+    tpm.provision_nv(AK_CERTIFICATE_INDEX, leaf, size=2048)
+    tpm.disable_platform_hierarchy()
+    (state / "ak-root.pem").write_bytes(root)
+
+
+def start_daemon(state: Path) -> str:
+    """Start cgpu-agent as systemd would, wait until it says that it is ready, return its status line."""
+    (state / "private").mkdir(mode=0o700)
+    config = state / "config.toml"
+    config.write_text(
+        f'runtime_dir = "{state}/private"\n'
+        f'[sockets]\napi = "{state}/agent.sock"\nadmin = "{state}/admin.sock"\n'
+        f'[tpm]\ndevice = "swtpm:{state}/t/sock"\n'
+        f'[logs]\nboot = "{RECORDING}"\n'
+    )
+    notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notify.bind(str(state / "notify"))
+    with (state / "journal").open("ab") as journal:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cgpu_agent.daemon", "--config", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=journal,
+            stderr=journal,
+            env={**os.environ, "NOTIFY_SOCKET": str(state / "notify")},
+            start_new_session=True,
+        )
+    (state / "daemon.pid").write_text(str(process.pid))
+    status, deadline = "", time.monotonic() + READY_SECONDS
+    notify.settimeout(0.2)
+    with notify:
+        while time.monotonic() < deadline and process.poll() is None:
+            with contextlib.suppress(TimeoutError):
+                for line in notify.recv(4096).decode().splitlines():
+                    if line.startswith("STATUS="):
+                        status = line.removeprefix("STATUS=")
+                    if line == "READY=1":
+                        return status
+    sys.exit(f"\nthe daemon did not become ready; its journal:\n{(state / 'journal').read_text()}")
+
+
+def be_a_workload(state: Path) -> tuple[bytes, bytes, float]:
+    """Three lines of SDK: evidence for a relying party's nonce."""
+    nonce = secrets.token_bytes(32)
+    begun = time.perf_counter()
+    with Agent(str(state / "agent.sock")) as agent:
+        bundle = agent.get_evidence(nonce, audience=AUDIENCE)
+    return nonce, bundle, time.perf_counter() - begun
+
+
+def be_the_relying_party(state: Path, nonce: bytes, bundle: bytes) -> EvidenceResult:
+    """Judge the bundle with nothing but the bundle, the nonce and a root certificate."""
+    roots = load_certificates((state / "ak-root.pem").read_bytes())
+    party = RelyingParty(audience=AUDIENCE, nonce=nonce, at=datetime.now(timezone.utc), roots=roots)
+    return verify_evidence(bundle, party)
+
+
+def account(result: EvidenceResult) -> None:
+    """What the relying party now knows, in a few lines."""
+    if result.statement is None or result.secure_boot is None or result.boot_log is None:
+        sys.exit("the verifier gave no account")
+    caller = result.statement.caller
+    explained = [str(index) for index, found in sorted(result.registers.items()) if found.status == "explained"]
+    stages = {stage.name: stage.statements for stage in boot_story(result.boot_log, "sha256").stages}
+    loaders = [statement.text.split("; image digest ")[0] for statement in stages["loader-chain"]]
+    print("\nWhat the relying party now knows")
+    print(f"  Secure Boot    {result.secure_boot.state}: {result.secure_boot.reason}")
+    for loader in loaders:
+        if "started" in loader:
+            print(f"  loader chain   {loader[:100]}")
+    for statement in stages["command-line"]:
+        print(f"  kernel         {statement.text[:100]}")
+    print(
+        f"  PCRs explained {', '.join(explained)} by {len(result.boot_log.events)} firmware events and the agent's log"
+    )
+    if result.endorsement is not None:
+        print(f"  AK             {result.endorsement.detail}")
+    print(
+        f"  who asked      uid {caller['uid']}, pid {caller['pid']}, identified by the kernel ({caller['identity_strength']})"
+    )
+    print("What it does not know")
+    for gap in not_proven(result):
+        print(f"  - {gap}")
+    print("  - that this is a real TPM: it is a software one, certified by a CA made a minute ago")
+
+
+def tamper(state: Path, nonce: bytes, bundle: bytes) -> str:
+    """Change one hex digit of one PCR value and show what the verifier says."""
+    document = json.loads(bundle)
+    value = document["pcrs"]["7"]
+    document["pcrs"]["7"] = ("0" if value[0] != "0" else "1") + value[1:]
+    refusal = be_the_relying_party(state, nonce, json.dumps(document).encode()).refusal
+    if refusal is None:
+        sys.exit("a tampered bundle was accepted: this is a bug")
+    return f"refused at {refusal.id} [{refusal.slug}]"
+
+
+def start() -> None:
+    state = LINK.resolve() if LINK.is_symlink() else None
+    alive = state is not None and running(state, "swtpm", "swtpm") and running(state, "daemon", "cgpu_agent.daemon")
+    if not alive:
+        stop(quiet=True)
+        state = Path(tempfile.mkdtemp(prefix="cgpu-"))
+        LINK.parent.mkdir(exist_ok=True)
+        LINK.symlink_to(state)
+        with step(1, "Software TPM with a recorded real boot (shim, GRUB, Debian, Secure Boot)") as results:
+            tpm = start_tpm(state)
+            results.append("48 records replayed into its PCRs")
+        with step(2, "What a cloud does before the VM starts") as results:
+            provision(tpm, state)
+            results.append("platform AK made and certified by a throw-away CA")
+        with step(3, "The daemon") as results:
+            results.append(start_daemon(state))
+    else:
+        print("[1-3/5] already running from before")
+    assert state is not None
+    with step(4, "A workload asks for evidence") as results:
+        nonce, bundle, seconds = be_a_workload(state)
+        (state / "bundle.json").write_bytes(bundle)
+        results.append(f"{len(bundle)} bytes in {seconds * 1000:.0f} ms")
+    with step(5, "A relying party judges it offline") as results:
+        result = be_the_relying_party(state, nonce, bundle)
+        if result.refusal is not None:
+            sys.exit(f"\nrefused at {result.refusal.id}: {result.refusal.detail}")
+        passed = sum(found.outcome.value == "pass" for found in result.steps)
+        results.append(
+            f"ACCEPTED, {passed} of {len(result.steps)} steps passed; tampered copy {tamper(state, nonce, bundle)}"
+        )
+    account(result)
+    print("\nTry it yourself")
+    print(
+        f"  export CGPU_AGENT_SOCKET={state}/agent.sock CGPU_AGENT_ADMIN_SOCKET={state}/admin.sock PATH=$PWD/.venv/bin:$PATH"
+    )
+    print("  cgpuctl status; cgpuctl boot show; cgpuctl doctor")
+    print("  cgpuctl evidence get -o bundle.json --nonce 00112233445566778899aabbccddeeff")
+    print(f"  cgpuctl verify bundle.json --nonce 00112233445566778899aabbccddeeff --ak-root {state}/ak-root.pem")
+    print("  make demo-stop   # leaves nothing behind")
+
+
+def stop(*, quiet: bool = False) -> None:
+    state = LINK.resolve() if LINK.is_symlink() else None
+    if state is not None:
+        for name, marker in (("daemon", "cgpu_agent.daemon"), ("swtpm", "swtpm")):
+            end(running(state, name, marker))
+        shutil.rmtree(state, ignore_errors=True)
+        LINK.unlink()
+    shutil.rmtree(LINK.parent, ignore_errors=True)
+    if not quiet:
+        print("the demo is gone" if state is not None else "the demo is not running")
+
+
+def end(pid: int | None) -> None:
+    """SIGTERM, then SIGKILL for what does not listen."""
+    if pid is None:
+        return
+    for number, patience in ((signal.SIGTERM, 8.0), (signal.SIGKILL, 2.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            stat = Path(f"/proc/{pid}/stat")
+            if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+                return
+            time.sleep(0.05)
+
+
+def main() -> None:
+    try:
+        {"start": start, "stop": stop}[sys.argv[1] if len(sys.argv) > 1 else "start"]()
+    except AgentError as error:
+        sys.exit(f"\n{error}")
+
+
+if __name__ == "__main__":
+    main()
