@@ -1,4 +1,4 @@
-"""A throw-away certificate authority that does for the demo's TPM what a cloud does for a real one: certify its AK."""
+"""A throw-away CA that does for the demo's TPM what a cloud does for a real one: certify its AK."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def certify(ak_spki: bytes, days: int = 30) -> tuple[bytes, bytes]:
         The AK certificate in DER and the root in PEM.
     """
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = _name("cgpu-agent demo CA (throw-away, vouches for nothing)")
+    subject = _name("cgpu-agent demo CA (throw-away)")
     now = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(minutes=5)
     until = now + datetime.timedelta(days=days)
     usage = {

@@ -1,4 +1,4 @@
-"""The demo, step by step: provision a software TPM as a cloud would, start the daemon, be a workload, be a relying party.
+"""The demo, step by step: provision a software TPM as a cloud would, start the daemon, be workload and relying party.
 
 State: ``.demo/state`` links to a short temporary directory (socket paths have a limit); ``stop`` removes both.
 """
@@ -139,6 +139,11 @@ def be_the_relying_party(state: Path, nonce: bytes, bundle: bytes) -> EvidenceRe
     return verify_evidence(bundle, party)
 
 
+def brief(text: str) -> str:
+    """One line's worth."""
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def account(result: EvidenceResult) -> None:
     """What the relying party now knows, in a few lines."""
     if result.statement is None or result.secure_boot is None or result.boot_log is None:
@@ -151,16 +156,16 @@ def account(result: EvidenceResult) -> None:
     print(f"  Secure Boot    {result.secure_boot.state}: {result.secure_boot.reason}")
     for loader in loaders:
         if "started" in loader:
-            print(f"  loader chain   {loader[:100]}")
+            print(f"  loader chain   {brief(loader)}")
     for statement in stages["command-line"]:
-        print(f"  kernel         {statement.text[:100]}")
+        print(f"  kernel         {brief(statement.text)}")
     print(
-        f"  PCRs explained {', '.join(explained)} by {len(result.boot_log.events)} firmware events and the agent's log"
+        f"  PCRs explained {', '.join(explained)} by {len(result.boot_log.events)} firmware records and the agent's"
     )
     if result.endorsement is not None:
         print(f"  AK             {result.endorsement.detail}")
     print(
-        f"  who asked      uid {caller['uid']}, pid {caller['pid']}, identified by the kernel ({caller['identity_strength']})"
+        f"  who asked      uid {caller['uid']}, pid {caller['pid']}, by the kernel's word ({caller['identity_strength']})"
     )
     print("What it does not know")
     for gap in not_proven(result):
@@ -180,9 +185,8 @@ def tamper(state: Path, nonce: bytes, bundle: bytes) -> str:
 
 
 def start() -> None:
-    state = LINK.resolve() if LINK.is_symlink() else None
-    alive = state is not None and running(state, "swtpm", "swtpm") and running(state, "daemon", "cgpu_agent.daemon")
-    if not alive:
+    state = LINK.resolve()
+    if not (running(state, "swtpm", "swtpm") and running(state, "daemon", "cgpu_agent.daemon")):
         stop(quiet=True)
         state = Path(tempfile.mkdtemp(prefix="cgpu-"))
         LINK.parent.mkdir(exist_ok=True)
@@ -197,7 +201,6 @@ def start() -> None:
             results.append(start_daemon(state))
     else:
         print("[1-3/5] already running from before")
-    assert state is not None
     with step(4, "A workload asks for evidence") as results:
         nonce, bundle, seconds = be_a_workload(state)
         (state / "bundle.json").write_bytes(bundle)
@@ -207,14 +210,12 @@ def start() -> None:
         if result.refusal is not None:
             sys.exit(f"\nrefused at {result.refusal.id}: {result.refusal.detail}")
         passed = sum(found.outcome.value == "pass" for found in result.steps)
-        results.append(
-            f"ACCEPTED, {passed} of {len(result.steps)} steps passed; tampered copy {tamper(state, nonce, bundle)}"
-        )
+        results.append(f"ACCEPTED, {passed} of {len(result.steps)} steps passed")
+        results.append(f"a tampered copy is {tamper(state, nonce, bundle)}")
     account(result)
     print("\nTry it yourself")
-    print(
-        f"  export CGPU_AGENT_SOCKET={state}/agent.sock CGPU_AGENT_ADMIN_SOCKET={state}/admin.sock PATH=$PWD/.venv/bin:$PATH"
-    )
+    sockets = f"CGPU_AGENT_SOCKET={state}/agent.sock CGPU_AGENT_ADMIN_SOCKET={state}/admin.sock"
+    print(f"  export {sockets} PATH=$PWD/.venv/bin:$PATH")
     print("  cgpuctl status; cgpuctl boot show; cgpuctl doctor")
     print("  cgpuctl evidence get -o bundle.json --nonce 00112233445566778899aabbccddeeff")
     print(f"  cgpuctl verify bundle.json --nonce 00112233445566778899aabbccddeeff --ak-root {state}/ak-root.pem")

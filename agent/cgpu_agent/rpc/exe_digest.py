@@ -68,18 +68,23 @@ class ExeDigests:
             raise _timeout() from None
 
     def _work(self, who: Identified, result: Future[str]) -> None:
+        found: str | None = None
+        refusal: AgentError = _unreadable()
         try:
-            # Once running, a waiter that gave up no longer cancels the future, so the result always has a place.
-            if result.set_running_or_notify_cancel():
-                result.set_result(self._hash(who))
+            found = self._hash(who)
         except AgentError as error:
-            result.set_exception(error)
+            refusal = error
         except OSError as error:
-            refusal = _unreadable()
             refusal.__cause__ = error
-            result.set_exception(refusal)
         finally:
+            # Before the waiter hears of it, because it may ask again at once.
             self._done(who.caller.uid)
+        if not result.set_running_or_notify_cancel():
+            return
+        if found is None:
+            result.set_exception(refusal)
+        else:
+            result.set_result(found)
 
     def _done(self, uid: int) -> None:
         with self._lock:
