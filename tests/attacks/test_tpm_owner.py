@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import time
 from collections.abc import Iterator
 
@@ -21,6 +22,14 @@ from fixtures.fake_tpm import GET_RANDOM_4, GET_RANDOM_8, PacketTpm, random_answ
 PLATFORM_AK = 0x81000003
 SECRET = b"known to the agent alone"
 PCRS = PcrSelection.of("sha256", range(24))
+
+
+ENDORSEMENT = (0x4000000B).to_bytes(4, "big")
+
+
+def qualified(parent: bytes, name: bytes) -> bytes:
+    """Qualified name of an object (Part 1, 16): the hash alg, then the digest over the parent's and its own name."""
+    return b"\x00\x0b" + hashlib.sha256(parent + name).digest()
 
 
 @dataclasses.dataclass
@@ -77,12 +86,13 @@ def test_signature_of_the_platform_ak_names_another_signer(scene: Scene) -> None
 
 
 @pytest.mark.swtpm
-def test_certificate_of_the_agent_ak_names_it_below_its_parent(scene: Scene) -> None:
-    """A primary could be made twice with one Name; a child's qualified name shows that it is none."""
+def test_certificate_shows_the_agent_ak_below_a_parent_of_the_endorsement_hierarchy(scene: Scene) -> None:
+    """A primary could be made twice with one Name and two auths; the qualified name shows that this is none."""
     attested = parse_attest(scene.agent.certify(scene.key, PLATFORM_AK, b"n").attest).attested
-    assert isinstance(attested, Certified)
-    with scene.other._primary(keys.signing_key("ecc")) as (_, primary):
-        assert parse_public(primary).name != attested.name
+    with scene.other._primary(keys.storage_parent()) as (_, public):
+        parent = qualified(ENDORSEMENT, parse_public(public).name)
+    name = parse_public(scene.key.public).name
+    assert attested == Certified(name, qualified(parent, name))
 
 
 @pytest.mark.swtpm
@@ -90,6 +100,7 @@ def test_auth_never_stands_in_an_error(scene: Scene) -> None:
     with pytest.raises(DeviceFault) as caught:
         scene.other.quote(dataclasses.replace(scene.key, auth=b"wrong guess"), b"n", PCRS)
     assert "wrong guess" not in f"{caught.value!r} {caught.value.__cause__!r}"
+    assert repr(SECRET) not in repr(scene.key)
 
 
 def test_late_answer_is_never_the_next_commands_answer() -> None:

@@ -71,7 +71,7 @@ def refused_or_read(parse: Callable[[bytes], object], data: bytes) -> object | N
 
 @PARSERS
 def test_random_bytes_never_escape_the_error_tree(parse: Callable[[bytes], object]) -> None:
-    @settings(max_examples=150)
+    @settings(deadline=None, max_examples=150)
     @given(st.binary(max_size=400))
     def run(data: bytes) -> None:
         refused_or_read(parse, data)
@@ -81,7 +81,7 @@ def test_random_bytes_never_escape_the_error_tree(parse: Callable[[bytes], objec
 
 @PARSERS
 def test_mutated_structures_never_escape_the_error_tree(parse: Callable[[bytes], object]) -> None:
-    @settings(max_examples=300)
+    @settings(deadline=None, max_examples=300)
     @given(mutated(SEEDS[parse]))
     def run(data: bytes) -> None:
         refused_or_read(parse, data)
@@ -98,6 +98,7 @@ def test_every_prefix_is_refused(parse: Callable[[bytes], object]) -> None:
             assert refused_or_read(parse, whole[:size]) is None
 
 
+@settings(deadline=None)
 @given(
     st.binary(max_size=64),
     st.integers(0, 2**64 - 1),
@@ -130,7 +131,7 @@ def test_every_flip_of_a_byte_of_a_recorded_quote_is_refused(part: str) -> None:
             assert result.refusal.id == "quote.signature"
 
 
-@settings(max_examples=150)
+@settings(deadline=None, max_examples=150)
 @given(mutated((MESSAGE,)), mutated((SIGNATURE,)), st.dictionaries(st.integers(-1, 40), st.binary(max_size=64)))
 def test_a_quote_of_hostile_parts_is_judged_without_an_accident(
     message: bytes, signature: bytes, pcrs: dict[int, bytes]
@@ -140,7 +141,7 @@ def test_a_quote_of_hostile_parts_is_judged_without_an_accident(
     assert all(step.slug != "INTERNAL" for step in result.steps)
 
 
-@settings(max_examples=150)
+@settings(deadline=None, max_examples=150)
 @given(mutated((quote(values((0, 7))), attest(b"")[:-8], certify(b"\0\x0b" + bytes(32)))), st.integers(0, 23))
 def test_whatever_a_lying_ak_signs_is_judged_without_an_accident(message: bytes, index: int) -> None:
     ak = load_attestation_key(ECC.public())
@@ -154,7 +155,7 @@ def test_whatever_a_lying_ak_signs_is_judged_without_an_accident(message: bytes,
         assert found.attested.pcr_digest == tpm.pcr_digest(values((0, index)), {0, index}, "sha256")
 
 
-@settings(max_examples=200)
+@settings(deadline=None, max_examples=200)
 @given(mutated((AK_CERTIFICATE, EK_CERTIFICATE)))
 def test_a_mutated_certificate_is_never_accepted(data: bytes) -> None:
     try:
@@ -166,7 +167,7 @@ def test_a_mutated_certificate_is_never_accepted(data: bytes) -> None:
     assert trim_der(data) == AK_CERTIFICATE
 
 
-@settings(max_examples=200)
+@settings(deadline=None, max_examples=200)
 @given(mutated((ROOT.certificate.public_bytes(Encoding.DER),)))
 def test_a_mutated_issuer_does_no_harm(data: bytes) -> None:
     leaf = load_certificate(AK_CERTIFICATE)
@@ -178,7 +179,7 @@ def test_a_mutated_issuer_does_no_harm(data: bytes) -> None:
     assert len(path.certificates) == 2
 
 
-@settings(max_examples=200)
+@settings(deadline=None, max_examples=200)
 @given(st.integers(0, 300), st.integers(0, 40), st.binary(max_size=8))
 def test_trimming_gives_back_exactly_the_value(size: int, padding: int, tail: bytes) -> None:
     length = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 from cgpu_agent.wire.tpm import ClockInfo, PcrSelection
@@ -42,7 +42,8 @@ class LoadedKey:
     """Marshalled TPMS_CONTEXT."""
     public: bytes
     """TPMT_PUBLIC."""
-    auth: bytes
+    auth: bytes = field(repr=False)
+    """Kept out of ``repr``, so that no log or traceback shows it."""
 
 
 @dataclass(frozen=True, slots=True)

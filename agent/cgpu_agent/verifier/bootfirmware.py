@@ -86,7 +86,10 @@ def secure_boot_stage(scene: Scene, state: SecureBoot) -> Stage:
     told += [_authority(scene, authority) for authority in state.authorities]
     # Some warn of what the log does not show; absence is never under a digest.
     told += [Statement(f"Mind: {warning}.", tuple(rests_on), digested=False) for warning in state.warnings]
-    note = "Holds where the register's quoted value equals the replay of this log."
+    note = (
+        "Holds where the register's quoted value equals the replay of this log. "
+        "Any software may extend it after the separator: an authority named there may be an addition."
+    )
     return Stage("secure-boot", "Secure Boot and its keys", note, tuple(told))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from cgpu_agent.errors import HostileInput
-from cgpu_agent.wire.eventlog import Event, EventLog, Kind
+from cgpu_agent.wire.eventlog import EventLog, Kind
 from cgpu_agent.wire.tpm import HASH_SIZES, PCR_COUNT, extend
 from cgpu_agent.wire.uefi import parse_startup_locality
 
@@ -217,8 +217,3 @@ def _phases(bank: str, expected: bytes, actual: bytes) -> PcrResult:
                 return PcrResult(11, "explained", expected, actual, note, "systemd-phases")
     note = "PCR 11 differs from the log by something other than systemd's phase words"
     return PcrResult(11, "mismatch", expected, actual, note)
-
-
-def measured_in(log: EventLog, index: int) -> tuple[Event, ...]:
-    """The measured events of one register, in order."""
-    return tuple(event for event in log.events if event.measured and event.pcr == index)

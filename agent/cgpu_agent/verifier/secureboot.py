@@ -61,7 +61,8 @@ class Authority:
     """What allowed an image to start: a certificate of a database, or a rule such as SbatLevel.
 
     ``certificate`` is set where the value holds one, ``text`` where it is plain text. ``before_separator`` marks
-    drivers that firmware itself loaded. ``proven`` is false where the digest does not cover the data.
+    drivers that firmware itself loaded; after it, any software that reaches the TPM could have added one. ``proven``
+    is false where the digest does not cover the data.
     """
 
     event: int

@@ -163,7 +163,7 @@ def open_tpm(spec: str) -> Callable[[], Transport]:
         return lambda: transport
     if kind != "device":
         raise Misuse("TPM_SPEC", "a TPM is named device:/dev/tpmrm0 or swtpm:/path/of/socket")
-    if re.fullmatch(r"/dev/tpm\d+", path):
+    if re.fullmatch(r"/dev/tpm\d+", os.path.realpath(path)):
         raise Misuse("TPM_SPEC", "use the resource-managed device (/dev/tpmrm0), not the raw one")
     return lambda: Device(path)
 

@@ -166,6 +166,12 @@ def test_spec_opens_a_socket() -> None:
         assert transport.transact(GET_RANDOM_4, soon()) == random_answer(GET_RANDOM_4)
 
 
+def test_spec_sees_through_a_detour_to_the_raw_device() -> None:
+    with pytest.raises(Misuse) as caught:
+        open_tpm("device:/dev/../dev/tpm0")
+    assert caught.value.slug == "TPM_SPEC"
+
+
 def test_spec_opens_a_device_each_time_anew(tmp_path: Path) -> None:
     (tmp_path / "tpmrm0").touch()
     factory = open_tpm(f"device:{tmp_path / 'tpmrm0'}")
