@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     registers = explain_registers(
         pcrs, log, cel.parse_systemd_log(systemd or b""), cel.parse_agent_log(agent)
     ).results
+    bad = any(found.status in ("mismatch", "uncompared") for found in registers.values())
+    code = output.EXIT_REFUSED if bad else output.EXIT_PASS
     if arguments.json:
         story = boot_story(log, _BANK)
         output.emit_json(
@@ -58,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "pcrs": {str(i): {"status": r.status, "note": r.note} for i, r in sorted(registers.items())},
             }
         )
-        return output.EXIT_PASS
+        return code
     tell(log, _BANK)
     output.say()
     output.say("PCRs:")
@@ -67,5 +69,4 @@ def run(arguments: argparse.Namespace) -> int:
             kind = {"explained": "ok", "unexplained": "warn"}.get(found.status, "fail")
             note = f"  {output.printable(found.note)}" if found.note else ""
             output.say(f"  {index:>2}  {output.coloured(found.status.ljust(11), kind)}{note}")
-    bad = any(found.status in ("mismatch", "uncompared") for found in registers.values())
-    return output.EXIT_REFUSED if bad else output.EXIT_PASS
+    return code

@@ -32,13 +32,14 @@ def _words(parser: argparse.ArgumentParser, path: str) -> Iterator[tuple[str, li
 
 
 def _bash(words: dict[str, list[str]]) -> str:
+    known = "|".join(f'"{path}"' for path in words if path)
     cases = "\n".join(f'    "{path}") words="{" ".join(found)}" ;;' for path, found in words.items())
     return f"""# bash completion for cgpuctl
 _cgpuctl() {{
-  local current="${{COMP_WORDS[COMP_CWORD]}}" path="" word words=""
+  local current="${{COMP_WORDS[COMP_CWORD]}}" path="" next word words=""
   for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
-    case "$word" in -*) break ;; esac
-    path="${{path:+$path }}$word"
+    next="${{path:+$path }}$word"
+    case "$next" in {known}) path="$next" ;; *) break ;; esac
   done
   case "$path" in
 {cases}
@@ -57,7 +58,7 @@ def _fish(words: dict[str, list[str]]) -> str:
     lines = ["# fish completion for cgpuctl"]
     for path, found in words.items():
         names = path.split()
-        seen = " and ".join(f"__fish_seen_subcommand_from {name}" for name in names)
+        seen = "; and ".join(f"__fish_seen_subcommand_from {name}" for name in names)
         condition = seen or "__fish_use_subcommand"
         for word in found:
             what = f"-l {word[2:]}" if word.startswith("--") else f"-f -a {word}"

@@ -16,6 +16,7 @@ _EXTRAS = {"cryptography": "cgpu-agent[verifier]", "grpc": "cgpu-agent", "google
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status: 0 pass, 1 refused, 2 usage."""
     arguments = build_parser().parse_args(argv)
+    output.use_escapes()
     try:
         command = importlib.import_module(f"cgpu_agent.cli.{arguments.module}")
         code: int = command.run(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -15,6 +16,12 @@ EXIT_REFUSED = 1
 EXIT_USAGE = 2
 
 _COLOURS = {"pass": "32", "refuse": "31", "skip": "33", "ok": "32", "warn": "33", "fail": "31"}
+
+
+def use_escapes() -> None:
+    """Let a character that stdout's encoding lacks come out as an escape, and not as a crash."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def printable(text: str) -> str:

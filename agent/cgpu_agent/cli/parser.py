@@ -124,6 +124,9 @@ def _verify(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--ak-name", action="append", default=[], metavar="HEX", help="Name of a platform AK that you enrolled"
     )
+    parser.add_argument(
+        "--register", type=int, default=13, metavar="PCR", help="agent register of your VMs, 0-15 (default: 13)"
+    )
     parser.add_argument("--user-data", metavar="HEX", help="user data the evidence must bind")
     parser.add_argument("--public-key", type=Path, metavar="FILE", help="key the evidence must bind (DER SPKI)")
     parser.add_argument(

@@ -26,6 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
         pinned_names=frozenset(parse_hex(name, "--ak-name") for name in arguments.ak_name),
         allow_unendorsed=arguments.allow_unendorsed,
         allow_no_boot_log=arguments.allow_no_boot_log,
+        register=arguments.register,
         user_data=None if arguments.user_data is None else parse_hex(arguments.user_data, "--user-data"),
         public_key=None if arguments.public_key is None else read_file(arguments.public_key, 8192),
     )
@@ -91,8 +92,8 @@ def not_proven(result: EvidenceResult) -> list[str]:
         for index, found in sorted(result.registers.items())
         if found.status == "unexplained"
     ]
-    if result.secure_boot is not None and result.secure_boot.state != "enabled":
-        gaps.append(f"Secure Boot is {result.secure_boot.state}: {result.secure_boot.reason}")
+    if result.secure_boot is not None and result.secure_boot.state == "disabled":
+        gaps.append(f"Secure Boot disabled: {result.secure_boot.reason}")
     gaps.append(
         "what the agent itself says (caller, configuration, time) is as good as the file system it runs from; "
         "nothing here measures that"

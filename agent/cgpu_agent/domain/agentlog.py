@@ -35,6 +35,7 @@ class AgentLog:
         self.data = b""
         self._records: list[cel.Record] = []
         self._value: bytes | None = None
+        self._settled = True
 
     @property
     def records(self) -> tuple[cel.Record, ...]:
@@ -70,31 +71,42 @@ class AgentLog:
         """Drop a record that a crash cut short; its intent is still there and decides about it."""
         return data[: data.rfind(b"\n") + 1]
 
+    def settle(self, tpm: TpmCommands) -> None:
+        """Find out how the last ``measure`` ended, if it did not say; costs nothing otherwise.
+
+        Raises:
+            Unavailable: ``AGENT_LOG_DIVERGED``.
+            DeviceFault: from the TPM.
+        """
+        if not self._settled:
+            self._resolve(self._read(tpm))
+
     def _resolve(self, actual: bytes) -> None:
         """Settle an open intent by what the register says."""
         intent = self._store.read(_INTENT)
         if intent is not None:
             record = self._parse_intent(intent)
-            if actual == extend("sha256", self._value or b"", record.digest) and record.sequence == len(
-                self._records
-            ):
+            extended = extend("sha256", self._value or b"", record.digest)
+            if actual == extended and record.sequence == len(self._records):
                 self._commit(record)
             self._store.remove(_INTENT)
         if actual != self._value:
             raise self._diverged()
+        self._settled = True
 
     def _parse_intent(self, data: bytes) -> cel.Record:
-        fields = Fields(strictjson.loads(data, "intent", 4 * cel.MAX_CONTENT), "intent")
-        author: cel.Author = (
-            "agent" if fields.choice("author", frozenset({"agent", "caller"})) == "agent" else "caller"
-        )
-        record = cel.Record(
-            fields.integer("sequence", 0, cel.MAX_RECORDS),
-            self.register,
-            author,
-            fields.base64("content", cel.MAX_CONTENT),
-        )
-        fields.end()
+        try:
+            fields = Fields(strictjson.loads(data, "intent", 4 * cel.MAX_CONTENT), "intent")
+            author = fields.choice("author", frozenset({"agent", "caller"}))
+            record = cel.Record(
+                fields.integer("sequence", 0, cel.MAX_RECORDS),
+                self.register,
+                "agent" if author == "agent" else "caller",
+                fields.base64("content", cel.MAX_CONTENT),
+            )
+            fields.end()
+        except HostileInput as error:
+            raise self._diverged() from error
         return record
 
     def _diverged(self) -> Unavailable:
@@ -111,7 +123,7 @@ class AgentLog:
 
         Raises:
             Unavailable: ``AGENT_LOG_DIVERGED``, ``AGENT_LOG_FULL``.
-            DeviceFault: from the TPM; if the extend may have happened, the next call settles it.
+            DeviceFault: from the TPM; if the extend may have happened, ``settle`` or the next call finds out.
         """
         actual = self._read(tpm)
         self._resolve(actual)
@@ -119,12 +131,14 @@ class AgentLog:
         if len(content) > cel.MAX_CONTENT or len(self._records) >= cel.MAX_RECORDS:
             raise Unavailable("AGENT_LOG_FULL", "the agent log takes no more records until reboot")
         intent = {"author": author, "content": strictjson.b64(content), "sequence": record.sequence}
+        self._settled = False
         self._store.write(_INTENT, strictjson.dumps(intent))
         tpm.pcr_extend(self.register, record.digest)
         if self._read(tpm) != extend("sha256", actual, record.digest):
             raise DeviceFault("TPM_ERROR", "the agent register did not take the record", outcome_unknown=True)
         self._commit(record)
         self._store.remove(_INTENT)
+        self._settled = True
         return record
 
     def _commit(self, record: cel.Record) -> None:

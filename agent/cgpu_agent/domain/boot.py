@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,14 +11,16 @@ from cgpu_agent.backends.base import AkAlgorithm, LoadedKey, MeasurementLogs, Si
 from cgpu_agent.domain.agentlog import AgentLog, CallerRecords
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.keys import Keys, tpm_was_reset
-from cgpu_agent.errors import AgentError, DeviceFault, Misuse, Unavailable
+from cgpu_agent.errors import DeviceFault, Misuse, Unavailable
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.bundle import caller_quote_extra_data, is_reserved_extra_data
-from cgpu_agent.wire.tpm import Attest, PcrSelection, Quoted, parse_attest, pcr_digest
+from cgpu_agent.wire.cel import Author, Record
+from cgpu_agent.wire.tpm import Attest, ClockInfo, PcrSelection, Quoted, parse_attest, pcr_digest
 
 T = TypeVar("T")
 
 _QUOTE_ATTEMPTS = 8
+_OUT_OF_REACH = frozenset({"TPM_IO", "TPM_TIMEOUT"})
 _ATTEST_HASH = "sha256"  # of both AKs' signing schemes; a quote's pcrDigest uses it
 
 
@@ -71,36 +74,49 @@ class MeasuredBoot:
         self.logs = logs
         self._caller_records = CallerRecords(log)
         self._eks: tuple[bytes, bytes] | None = None
-        self.refusal: AgentError | None = None
-        """Set for good once measured state cannot be trusted any more; every call raises it until reboot."""
+        self._making_eks = asyncio.Lock()
+        self.refusal: Unavailable | None = None
+        """Set for good once measured state cannot be trusted any more; every call raises its like until reboot."""
+        self.fault: DeviceFault | None = None
+        """Why the last job got nothing from the TPM; ``None`` once one got something."""
 
     async def run(self, job: Callable[[TpmCommands], T], *, idempotent: bool = True) -> T:
         """Run a TPM job, unless evidence is refused; remember a refusal that only a reboot mends."""
         if self.refusal is not None:
-            raise self.refusal
+            # A new one: an exception that is raised again and again keeps every traceback.
+            raise Unavailable(self.refusal.slug, self.refusal.message)
         try:
-            return await self._tpm.run(job, timeout=self._timeout, idempotent=idempotent)
+            result = await self._tpm.run(job, timeout=self._timeout, idempotent=idempotent)
         except DeviceFault as error:
             if error.slug == "TPM_RESET":
                 self.refusal = tpm_was_reset()
-                raise self.refusal from error
+                raise tpm_was_reset() from error
+            if error.slug in _OUT_OF_REACH:
+                self.fault = error
             raise
         except Unavailable as error:
             if error.slug in ("TPM_RESET_DETECTED", "AGENT_LOG_DIVERGED"):
-                self.refusal = error
+                self.refusal = Unavailable(error.slug, error.message)
             raise
+        self.fault = None
+        return result
 
-    def check_counters(self, attest: Attest) -> None:
+    def check_counters(self, now: ClockInfo) -> None:
         """Raises ``TPM_RESET_DETECTED`` when the TPM was reset or restarted since the keys were established."""
-        now, then = attest.clock_info, self.keys.clock
+        then = self.keys.clock
         if (now.reset_count, now.restart_count) != (then.reset_count, then.restart_count):
             raise tpm_was_reset()
 
+    async def probe(self) -> None:
+        """Ask the TPM for its counters, so that a reset, a failure and its end are noticed though nobody calls."""
+        await self.run(lambda tpm: self.check_counters(tpm.clock()))
+
     async def ek_publics(self) -> tuple[bytes, bytes]:
         """TPMT_PUBLIC of the RSA and the ECC EK; made once, since recreating an RSA EK is slow."""
-        if self._eks is None:
-            self._eks = await self.run(lambda tpm: (tpm.ek_public("rsa"), tpm.ek_public("ecc")))
-        return self._eks
+        async with self._making_eks:
+            if self._eks is None:
+                self._eks = await self.run(lambda tpm: (tpm.ek_public("rsa"), tpm.ek_public("ecc")))
+            return self._eks
 
     async def activate_credential(self, ek: AkAlgorithm, id_object: bytes, secret: bytes) -> bytes:
         """TPM2_ActivateCredential for the platform AK. Raises ``Misuse`` (``BAD_CREDENTIAL``)."""
@@ -129,7 +145,7 @@ class MeasuredBoot:
 
         def job(tpm: TpmCommands) -> BootQuote:
             found, attest = consistent_quote(tpm, handle, extra_data, selection)
-            self.check_counters(attest)
+            self.check_counters(attest.clock_info)
             return found
 
         return await self.run(job)
@@ -153,14 +169,17 @@ class MeasuredBoot:
             raise Misuse("BAD_CONTENT", "the content must have 1 to 1024 bytes")
         self._caller_records.take(caller.uid)
         body = strictjson.dumps({"caller": caller.digest().hex(), "data": strictjson.b64(content)})
-
-        def job(tpm: TpmCommands) -> tuple[int, bytes]:
-            record = self.log.measure(tpm, "caller", body)
-            return record.sequence, record.digest
-
-        return await self.run(job, idempotent=False)
+        record = await self._measure("caller", body)
+        return record.sequence, record.digest
 
     async def measure_agent(self, event: dict[str, str]) -> None:
         """Measure an event of the agent's own."""
-        body = strictjson.dumps(event)
-        await self.run(lambda tpm: self.log.measure(tpm, "agent", body), idempotent=False)
+        await self._measure("agent", strictjson.dumps(event))
+
+    async def _measure(self, author: Author, content: bytes) -> Record:
+        def job(tpm: TpmCommands) -> Record:
+            # First: after a reset the register explains nothing, and "diverged" would blame somebody else.
+            self.check_counters(tpm.clock())
+            return self.log.measure(tpm, author, content)
+
+        return await self.run(job, idempotent=False)

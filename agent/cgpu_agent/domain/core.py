@@ -51,7 +51,8 @@ REMEDIES: Mapping[str, str] = {
     "AGENT_LOG_DIVERGED": "find out what else extends the agent register (who is in group tss?), then reboot",
     "AGENT_AK": "the agent's runtime directory was emptied while the system ran; reboot the VM",
     "NO_PLATFORM_AK": "set tpm.platform_ak_handle, or let the agent make a key with tpm.create_platform_ak",
-    "STATE_DIRECTORY": "give the runtime directory to the agent's user, mode 0700",
+    "STATE_DIRECTORY": "give the runtime directory to the agent's user, mode 0700, on a file system with room",
+    "LOG_TOO_LARGE": "see what wrote so large a measurement log; no evidence is given out with a part of it",
 }
 
 
@@ -59,8 +60,7 @@ REMEDIES: Mapping[str, str] = {
 class Core:
     """Owns the established keys; everything that serves evidence asks it for them.
 
-    Args:
-        store: opened lazily, so that a bad directory is a visible state and not a crash loop.
+    One event loop's; ``establish`` may run beside everything else.
     """
 
     tpm: Tpm
@@ -96,9 +96,10 @@ class Core:
     def established(self) -> bool:
         return self._boot is not None
 
-    def _not_ready(self) -> AgentError:
-        if isinstance(self._failure, Unavailable) and self._failure.retry_after is None:
-            return self._failure
+    def _not_ready(self) -> Unavailable:
+        failure = self._failure
+        if failure is not None and is_final(failure):
+            return Unavailable(failure.slug, failure.message)
         return Unavailable("NOT_READY", "the agent has not reached its TPM yet", retry_after=2.0)
 
     async def establish(self) -> None:
@@ -125,18 +126,25 @@ class Core:
                     timeout=_ESTABLISH_SECONDS,
                 )
                 boot = MeasuredBoot(self.tpm, keys, log, self.logs, timeout=settings.request_seconds)
-                await boot.measure_agent({"event": "agent-start", **settings.agent})
+                agent = self.settings.agent
+                await boot.measure_agent({"event": "agent-start", **agent})
             except AgentError as error:
                 self._failure = error
                 raise
             self._failure = None
             self._evidence = Evidence(
-                boot, self.clock, boot_id=settings.boot_id, agent=settings.agent, pcrs=settings.evidence_pcrs
+                boot, self.clock, boot_id=settings.boot_id, agent=agent, pcrs=settings.evidence_pcrs
             )
             self._boot = boot
+            if self.settings.agent != agent:  # reloaded meanwhile
+                await self.reloaded(self.settings.agent)
 
     async def reloaded(self, agent: Mapping[str, str]) -> None:
-        """Record a changed configuration: it is measured, and evidence from now on carries its digest."""
+        """Record a changed configuration: it is measured, and evidence from now on carries its digest.
+
+        Raises:
+            AgentError: it could not be measured; evidence carries the digest all the same.
+        """
         self.settings = replace(self.settings, agent=agent)
         if self._boot is None or self._evidence is None:
             return
@@ -152,21 +160,29 @@ class Core:
         if self._stopping:
             return "stopping"
         if self._boot is None:
-            permanent = isinstance(self._failure, Unavailable) and self._failure.retry_after is None
-            return "refusing" if permanent else "starting"
+            return "refusing" if self._failure is not None and is_final(self._failure) else "starting"
         if self._boot.refusal is not None:
             return "refusing"
         return "degraded" if self.problems() else "serving"
 
+    def ready(self) -> bool:
+        """Whether a call can be answered now, as far as is known."""
+        return self.state() in ("serving", "degraded") and self._boot is not None and self._boot.fault is None
+
     def problems(self) -> list[Problem]:
         """What is wrong or weaker than it should be, worst first."""
         found: list[Problem] = []
-        failure = self._failure if self._boot is None else self._boot.refusal
+        failure = self._failure if self._boot is None else self._boot.refusal or self._boot.fault
         if failure is not None:
-            found.append(Problem(failure.slug, failure.message, REMEDIES.get(failure.slug, "see the journal")))
+            found.append(_problem(failure))
         if self._boot is None:
             return found
-        if self.logs.boot() is None:
+        try:
+            has_boot_log = self.logs.boot() is not None
+        except AgentError as error:
+            has_boot_log = True
+            found.append(_problem(error))
+        if not has_boot_log:
             found.append(
                 Problem(
                     "NO_BOOT_LOG",
@@ -199,12 +215,19 @@ class Core:
         if state in ("refusing", "starting"):
             why = f": {problems[0].message}" if problems else ""
             return f"{'Refusing evidence' if state == 'refusing' else 'Starting'}{why}"
-        if self._boot is None:
+        if self._boot is None or state == "stopping":
             return "Stopping"
+        if self._boot.fault is not None:
+            return f"Waiting for the TPM: {self._boot.fault.message}"
         keys = self._boot.keys
         endorsed = "AK certified" if keys.platform_ak_certificate is not None else "AK unendorsed"
-        told = "boot log present" if self.logs.boot() is not None else "no boot log"
+        lacking = {"NO_BOOT_LOG": "no boot log", "LOG_TOO_LARGE": "boot log too large"}
+        told = next((lacking[p.reason] for p in problems if p.reason in lacking), "boot log present")
         return f"Serving: TPM {keys.tpm.manufacturer or '?'}, {endorsed}, {told}"
+
+
+def _problem(error: AgentError) -> Problem:
+    return Problem(error.slug, error.message, REMEDIES.get(error.slug, "see the journal"))
 
 
 def is_final(error: AgentError) -> bool:

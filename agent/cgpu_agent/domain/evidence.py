@@ -158,13 +158,14 @@ class Evidence:
     def _collect(self, tpm: TpmCommands, tree: Tree) -> _Collected:
         """Everything that the quote must cover at one instant; runs as one TPM job."""
         boot_log = self._boot.logs.boot()
+        self._boot.log.settle(tpm)
         agent_log = self._boot.log.data
         with self._boot.logs.systemd() as systemd_log:
             manifest = self._manifest(tree, boot_log, systemd_log, agent_log).encode()
             found, attest = consistent_quote(
                 tpm, self._boot.keys.agent_ak, manifest_extra_data(manifest), self._selection
             )
-        self._boot.check_counters(attest)
+        self._boot.check_counters(attest.clock_info)
         self._boot.log.check(found.pcrs)
         return _Collected(manifest, found, boot_log, systemd_log, agent_log)
 

@@ -77,6 +77,7 @@ class _State:
 
     @classmethod
     def parse(cls, data: bytes) -> _State:
+        """Read it back. Raises ``HostileInput``."""
         fields = Fields(strictjson.loads(data, "AK state", 8192), "AK state")
         certify = fields.fields("certify")
         state = cls(
@@ -109,6 +110,14 @@ def _certificate(tpm: TpmCommands, index: int) -> bytes | None:
         return trim(raw)
     except HostileInput:
         return None  # an index that holds no certificate endorses nothing; the verifier says "none"
+
+
+def _saved(store: Store) -> _State | None:
+    data = store.read(_STATE)
+    try:
+        return None if data is None else _State.parse(data)
+    except HostileInput as error:
+        raise Unavailable("AGENT_AK", "the agent's AK of this boot cannot be read; evidence is refused") from error
 
 
 def _make_agent_ak(tpm: TpmCommands, handle: int, boot_id: str, clock: ClockInfo) -> _State:
@@ -145,8 +154,7 @@ def establish(
     """
     clock = tpm.clock()
     platform_ak = _platform_ak(tpm, platform_ak_handle, create)
-    saved = store.read(_STATE)
-    state = None if saved is None else _State.parse(saved)
+    state = _saved(store)
     if state is not None and state.boot_id != boot_id:
         state = None
         for stale in ("agent-log", "agent-log-base", "agent-log-intent", _STATE):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from cgpu_agent.errors import Unavailable
@@ -16,7 +17,8 @@ class Store:
         folder: created if missing; its parent must exist.
 
     Raises:
-        Unavailable: ``STATE_DIRECTORY`` when the directory is not ours alone.
+        Unavailable: ``STATE_DIRECTORY`` when the directory is not ours alone. Every method raises it, too, when a
+            file cannot be read or written, and then trying again later makes sense: the file system may be full.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,38 +33,43 @@ class Store:
 
     def read(self, name: str) -> bytes | None:
         """Content of a file, or ``None`` when there is none."""
-        try:
-            return (self._folder / name).read_bytes()
-        except FileNotFoundError:
-            return None
+        with _named():
+            try:
+                return (self._folder / name).read_bytes()
+            except FileNotFoundError:
+                return None
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a file as a whole, durably: after a crash it holds the old content or the new, nothing else."""
         temporary = self._folder / f".{name}.new"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._folder / name)
-        self._sync_folder()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        with _named():
+            with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._folder / name)
+            self._sync_folder()
 
     def append(self, name: str, data: bytes, *, at: int) -> None:
         """Write ``data`` at offset ``at`` and cut the file after it, durably: a torn append is overwritten."""
-        descriptor = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            written = 0
-            while written < len(data):
-                written += os.pwrite(descriptor, data[written:], at + written)
-            os.ftruncate(descriptor, at + len(data))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        with _named():
+            descriptor = os.open(self._folder / name, flags, 0o600)
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(descriptor, data[written:], at + written)
+                os.ftruncate(descriptor, at + len(data))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            (self._folder / name).unlink()
-        self._sync_folder()
+        """Remove a file, durably; one that is not there is removed already."""
+        with _named():
+            (self._folder / name).unlink(missing_ok=True)
+            self._sync_folder()
 
     def _sync_folder(self) -> None:
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -70,3 +77,14 @@ class Store:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Name what the operating system refused."""
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(
+            "STATE_DIRECTORY", "the agent's state cannot be read or written", retry_after=5.0
+        ) from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import inspect
 import secrets
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -102,7 +104,8 @@ class Gate(grpc.aio.ServerInterceptor):
             inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
             async def unary(request: Any, context: Any) -> Any:
-                return await self._serve(method, context, lambda: inner(request, context))
+                async with self._passage(method, context):
+                    return await self._bounded(context, inner(request, context))
 
             make = (
                 grpc.stream_unary_rpc_method_handler
@@ -110,54 +113,60 @@ class Gate(grpc.aio.ServerInterceptor):
                 else grpc.unary_unary_rpc_method_handler
             )
             return make(unary, **codec)
-        stream = handler.stream_stream if handler.request_streaming else handler.unary_stream
-
-        async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
-            connection = await self._serve(method, context, lambda: self._admitted(context))
-            async for response in stream(request, context):
-                connection.check()
-                yield response
-
         make_stream = (
             grpc.stream_stream_rpc_method_handler
             if handler.request_streaming
             else grpc.unary_stream_rpc_method_handler
         )
-        return make_stream(streaming, **codec)
+        stream = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        guard = self._generating if inspect.isasyncgenfunction(stream) else self._writing
+        return make_stream(guard(method, stream), **codec)
 
-    async def _admitted(self, context: Any) -> Connection:
-        connection = self._lookup(context.peer())
-        if connection is None:
-            raise _unknown()
-        return connection
+    def _generating(self, method: str, stream: Callable[..., AsyncGenerator[Any, None]]) -> Any:
+        """Guard a handler that yields its responses."""
 
-    async def _serve(self, method: str, context: Any, work: Callable[[], Awaitable[Any]]) -> Any:
+        async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+            async with (
+                self._passage(method, context) as connection,
+                contextlib.aclosing(stream(request, context)) as responses,
+            ):
+                async for response in responses:
+                    connection.check()
+                    yield response
+
+        return guarded
+
+    def _writing(self, method: str, stream: Callable[..., Awaitable[None]]) -> Any:
+        """Guard a handler that writes its responses to the context."""
+
+        async def guarded(request: Any, context: Any) -> None:
+            async with self._passage(method, context):
+                await stream(request, context)
+
+        return guarded
+
+    @contextlib.asynccontextmanager
+    async def _passage(self, method: str, context: Any) -> AsyncIterator[Connection]:
+        """Around a handler: let nobody in who may not, hold a slot, and let no unknown error out."""
         caller: Caller | None = None
-        code = grpc.StatusCode.OK
+        code = grpc.StatusCode.CANCELLED
         try:
-            connection = await self._admitted(context)
-            if connection.refusal is not None:
-                raise connection.refusal
-            caller = connection.caller
-            if caller is None:
-                raise _unknown()
+            connection, caller = self._identified(context)
             decision = self._authorize(caller, method)
             if not decision.allowed:
                 raise Denied("NOT_ALLOWED", f"policy does not allow this ({decision.rule})")
             _caller.set(caller)
             with self._in_flight.hold(caller.uid):
-                response = await self._bounded(context, work)
+                yield connection
             # The answer may be a secret: it goes to the process that asked, or to nobody.
             connection.check()
+            code = grpc.StatusCode.OK
         except AgentError as error:
             code = code_of(error)
             self._report(method, caller, error)
             await abort(context, error)
-        except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
-            raise
         except grpc.aio.AbortError:
-            code = grpc.StatusCode.UNKNOWN
+            code = grpc.StatusCode.UNKNOWN  # the handler chose it, and grpc does not say
             raise
         except Exception as error:  # noqa: BLE001 - the text of an unknown exception must not reach the client
             code = grpc.StatusCode.INTERNAL
@@ -167,17 +176,25 @@ class Gate(grpc.aio.ServerInterceptor):
             await abort(
                 context, AgentError("INTERNAL", f"internal error, incident {incident} in the agent's journal")
             )
-        else:
-            return response
         finally:
             self.calls[method, code.name] += 1
 
-    async def _bounded(self, context: Any, work: Callable[[], Awaitable[Any]]) -> Any:
+    def _identified(self, context: Any) -> tuple[Connection, Caller]:
+        connection = self._lookup(context.peer())
+        if connection is None:
+            raise _unknown()
+        if connection.refusal is not None:
+            raise connection.refusal
+        if connection.caller is None:
+            raise _unknown()
+        return connection, connection.caller
+
+    async def _bounded(self, context: Any, work: Awaitable[Any]) -> Any:
         remaining = context.time_remaining()
         if remaining is not None and remaining <= MAX_SECONDS:
-            return await work()  # grpc cancels the call at its deadline
+            return await work  # grpc cancels the call at its deadline
         try:
-            return await asyncio.wait_for(work(), MAX_SECONDS)
+            return await asyncio.wait_for(work, MAX_SECONDS)
         except asyncio.TimeoutError:
             raise DeviceFault("CALL_TIMEOUT", "the call took too long", retry_after=1.0) from None
 

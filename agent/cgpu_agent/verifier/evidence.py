@@ -14,7 +14,7 @@ from typing import Final
 
 from cryptography import x509
 
-from cgpu_agent.errors import HostileInput
+from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.verifier.endorsement import Endorsement, endorse
 from cgpu_agent.verifier.keys import AttestationKey, load_attestation_key, require_restricted
 from cgpu_agent.verifier.logs import RegisterStory, explain_registers
@@ -40,6 +40,12 @@ from cgpu_agent.wire.tpm import Attest, Certified, parse_attest
 FIRMWARE_PCRS: Final = frozenset(range(10))
 """PCRs that a quote must cover for its boot log to mean something."""
 
+AGENT_REGISTER: Final = 13
+"""PCR that an agent measures into unless it is configured otherwise."""
+
+_LAST_LASTING_PCR: Final = 15
+"""From PCR 16 on, some process or a dynamic launch can reset a PCR: what came first in it shows nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class RelyingParty:
@@ -55,6 +61,8 @@ class RelyingParty:
         allow_unendorsed: go on although nobody vouches for the AK; the verdict still says so.
         allow_no_boot_log: go on although nothing tells what booted; the verdict still says so.
         required_pcrs: PCRs that the quote must cover, besides the agent register.
+        register: the agent register of its VMs, 0-15. Its own choice and never the bundle's: whoever could choose
+            the register would choose one in which no agent came before him.
         user_data, public_key: what the caller must have bound; ``None`` = not compared.
     """
 
@@ -67,8 +75,14 @@ class RelyingParty:
     allow_unendorsed: bool = False
     allow_no_boot_log: bool = False
     required_pcrs: frozenset[int] = FIRMWARE_PCRS
+    register: int = AGENT_REGISTER
     user_data: bytes | None = None
     public_key: bytes | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ``Misuse`` (``BAD_REGISTER``)."""
+        if not 0 <= self.register <= _LAST_LASTING_PCR:
+            raise Misuse("BAD_REGISTER", "the agent register must be a PCR that cannot be reset: 0-15")
 
 
 @dataclass(slots=True)
@@ -86,6 +100,7 @@ class Case:
     certify: Attest | None = None
     endorsement: Endorsement | None = None
     boot_log: eventlog.EventLog | None = None
+    systemd: tuple[cel.SystemdRecord, ...] = ()
     records: tuple[cel.Record, ...] = ()
     registers: RegisterStory | None = None
     secure_boot: SecureBoot | None = None
@@ -156,6 +171,15 @@ def _judge_quote(case: Case) -> str:
     if case.quote is None or not all(result.passed(step) for step in required_steps):
         raise HostileInput("QUOTE_REFUSED", "a step of the quote's verification did not pass")
     return "signed by the agent's AK over this manifest and these PCR values"
+
+
+def _judge_register(case: Case) -> str:
+    _, _, manifest = case.parts
+    if manifest.register != case.party.register:
+        raise HostileInput(
+            "WRONG_REGISTER", f"the agent register is PCR {manifest.register}, not {case.party.register} as expected"
+        )
+    return f"PCR {manifest.register}"
 
 
 def _judge_pcr_set(case: Case) -> str:
@@ -242,11 +266,11 @@ def _judge_boot_log(case: Case) -> str | Skip:
     bundle, _, manifest = case.parts
     if bundle.boot_log is not None:
         case.boot_log = eventlog.parse(bundle.boot_log, kind="tpm")
-    systemd = cel.parse_systemd_log(bundle.systemd_log or b"")
+    case.systemd = cel.parse_systemd_log(bundle.systemd_log or b"")
     case.records = cel.parse_agent_log(bundle.agent_log)
     if any(record.pcr != manifest.register for record in case.records):
         raise HostileInput("AGENT_LOG_MISMATCH", "the agent log speaks of another PCR than the agent register")
-    case.registers = explain_registers(bundle.pcrs, case.boot_log, systemd, case.records)
+    case.registers = explain_registers(bundle.pcrs, case.boot_log, case.systemd, case.records)
     if case.boot_log is None:
         if case.party.allow_no_boot_log:
             return Skip("NO_BOOT_LOG", "no firmware log: what booted is not known; allowed by the relying party")
@@ -256,6 +280,17 @@ def _judge_boot_log(case: Case) -> str | Skip:
         raise HostileInput("LOG_REPLAY_MISMATCH", f"PCR {wrong[0].index}: {wrong[0].note}")
     explained = [result.index for result in case.registers.results.values() if result.status == "explained"]
     return f"{len(case.boot_log.events)} events explain PCR {', '.join(map(str, explained))}"
+
+
+def _judge_register_alone(case: Case) -> str:
+    # Other logs hold bare digests, those of an earlier agent's records perhaps: its AK would then not come first.
+    _, _, manifest = case.parts
+    extended = {record.pcr for record in case.systemd}
+    if case.boot_log is not None:
+        extended |= {event.pcr for event in case.boot_log.events if event.measured}
+    if manifest.register in extended:
+        raise HostileInput("REGISTER_SHARED", f"another log has records in the agent register {manifest.register}")
+    return f"no other log has anything in PCR {manifest.register}"
 
 
 def _judge_agent_log(case: Case) -> str:
@@ -280,6 +315,8 @@ def _judge_secure_boot(case: Case) -> str | Skip:
     if case.boot_log is None:
         return Skip("NO_BOOT_LOG", "no firmware log, so Secure Boot is unknown")
     case.secure_boot = secure_boot(case.boot_log, "sha256")
+    if case.secure_boot.state == "unknown":
+        return Skip("SECURE_BOOT_UNKNOWN", f"Secure Boot unknown: {case.secure_boot.reason}")
     return f"Secure Boot {case.secure_boot.state}: {case.secure_boot.reason}"
 
 
@@ -290,6 +327,7 @@ EVIDENCE_CHECKS: Final[Sequence[Check[Case]]] = (
     Check("statement.binding", "it binds what the relying party expects", _judge_binding),
     Check("manifest.inclusion", "the manifest covers this statement", _judge_inclusion),
     Check("manifest.quote", "the agent's AK signed the manifest and the PCRs", _judge_quote),
+    Check("manifest.register", "the agent register is the expected one", _judge_register),
     Check("manifest.pcr-set", "the quote covers the required PCRs", _judge_pcr_set),
     Check("agent-ak.name", "the manifest names the key that signed it", _judge_agent_ak_name),
     Check("agent-ak.certify", "the platform AK certified the agent's AK", _judge_certify),
@@ -299,6 +337,7 @@ EVIDENCE_CHECKS: Final[Sequence[Check[Case]]] = (
     ),
     Check("logs.digest", "the logs are those that the manifest signs", _judge_log_digests),
     Check("logs.boot", "the logs explain the PCRs", _judge_boot_log),
+    Check("logs.agent-register", "only the agent's records are in its register", _judge_register_alone),
     Check("logs.agent", "the agent log explains the agent register", _judge_agent_log),
     Check("logs.agent-ak-first", "the agent's AK is the register's first record", _judge_first_record),
     Check("boot.secure-boot", "the firmware's Secure Boot state is known", _judge_secure_boot),

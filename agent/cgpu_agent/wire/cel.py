@@ -33,7 +33,7 @@ class Record:
         sequence: position from 0, without gaps.
         pcr: index of the agent register.
         author: ``agent`` for the agent's own words, ``caller`` for a MeasureEvent.
-        content: the exact bytes that were hashed (strict JSON).
+        content: the exact bytes that were hashed: one strict JSON object.
     """
 
     sequence: int
@@ -102,7 +102,8 @@ def parse_agent_log(data: bytes) -> tuple[Record, ...]:
     """Parse the agent's log; sequence numbers count from 0, every digest is recomputed from its content.
 
     Raises:
-        HostileInput: ``BAD_FRAMING``, ``BAD_FIELD``, ``UNKNOWN_KEY``, ``TOO_LARGE``, ``DIGEST_MISMATCH``.
+        HostileInput: ``BAD_FRAMING``, ``BAD_FIELD``, ``BAD_JSON``, ``DUPLICATE_KEY``, ``UNKNOWN_KEY``, ``TOO_LARGE``,
+            ``DIGEST_MISMATCH``.
     """
     records: list[Record] = []
     for number, part in enumerate(_sequence(data, "agent log")):
@@ -119,6 +120,7 @@ def parse_agent_log(data: bytes) -> tuple[Record, ...]:
             raise HostileInput("BAD_FIELD", f"{what}: sequence number {record.sequence}")
         if digests != {"sha256": record.digest}:
             raise HostileInput("DIGEST_MISMATCH", f"{what}: the digest is not that of its content")
+        Fields(strictjson.loads(record.content, f"{what} content", MAX_CONTENT), f"{what} content")
         records.append(record)
     return tuple(records)
 

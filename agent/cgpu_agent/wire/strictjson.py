@@ -1,7 +1,7 @@
 """JSON from strangers: one meaning per byte string, or a refusal.
 
-Duplicate keys, unknown keys, floats, huge numbers, non-canonical base64 and over-long input are refused, so that two
-readers of one document can never disagree about it.
+Duplicate keys, unknown keys, floats, huge numbers, deep nesting, non-canonical base64 and over-long input are
+refused, so that two readers of one document can never disagree about it.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from cgpu_agent.errors import HostileInput
 
+MAX_DEPTH = 16
+_MAX_CONTAINERS = 1 << 16  # an empty list costs 2 bytes of input, and 60 of memory
 _MAX_INTEGER_DIGITS = 20  # the digits of 2**64
 
 
@@ -22,7 +25,7 @@ def loads(data: bytes, what: str, limit: int) -> Any:
     Args:
         data: UTF-8 bytes without a byte order mark.
         what: name of the document, for messages.
-        limit: largest accepted size in bytes, checked before parsing.
+        limit: largest accepted size in bytes, checked before parsing. Lists and objects nest ``MAX_DEPTH`` deep.
 
     Raises:
         HostileInput: ``TOO_LARGE``, ``BAD_JSON``, ``DUPLICATE_KEY``.
@@ -46,8 +49,10 @@ def loads(data: bytes, what: str, limit: int) -> Any:
 
     if len(data) > limit:
         raise HostileInput("TOO_LARGE", f"{what}: {len(data)} bytes, at most {limit} are allowed")
+    if data.count(b"[") + data.count(b"{") > _MAX_CONTAINERS:
+        raise HostileInput("TOO_LARGE", f"{what}: more than {_MAX_CONTAINERS} lists and objects")
     try:
-        return json.loads(
+        value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=unique,
             parse_float=refuse_float,
@@ -56,6 +61,22 @@ def loads(data: bytes, what: str, limit: int) -> Any:
         )
     except (ValueError, RecursionError) as error:
         raise HostileInput("BAD_JSON", f"{what}: not a valid JSON document") from error
+    if _is_deep(value):
+        raise HostileInput("BAD_JSON", f"{what}: nested more than {MAX_DEPTH} deep")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in _children(node) if isinstance(child, (dict, list))]
+    return bool(level)
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list) else ()
 
 
 def dumps(value: Any) -> bytes:

@@ -1,0 +1,1 @@
+"""The relying party as a small stateless HTTP service."""

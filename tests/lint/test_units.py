@@ -1,0 +1,200 @@
+"""The shipped units: systemd understands every line, the sandbox is as tight as promised, the daemon fits in it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from cgpu_agent.daemon.__main__ import EXIT_CONFIG
+from cgpu_agent.daemon.config import Config
+
+UNITS = Path(__file__).resolve().parents[2] / "systemd"
+SERVICE = UNITS / "cgpu-agent.service"
+SOCKETS = {"api": UNITS / "cgpu-agent.socket", "admin": UNITS / "cgpu-agent-admin.socket"}
+RELOAD = UNITS / "cgpu-agent.service.d" / "50-notify-reload.conf"
+DEVICE = UNITS / "dev-tpmrm0.device.d" / "50-cgpu-agent.conf"
+EVERY_FILE = [SERVICE, *SOCKETS.values(), RELOAD, DEVICE]
+
+DESCRIPTORS_PER_CALLER = 4
+EXPOSURE_ALLOWED = 15  # tenths
+
+needs_analyze = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (apt-get install systemd)"
+)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make files of other users")
+
+
+def settings(path: Path) -> dict[str, list[str]]:
+    """Key -> values in order of assignment, for unit files without continued lines."""
+    found: dict[str, list[str]] = {}
+    for line in path.read_text().splitlines():
+        if line and line[0] not in "#;[":
+            key, _, value = line.partition("=")
+            found.setdefault(key, []).append(value)
+    return found
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    merged = {**os.environ, "LC_ALL": "C", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=merged, timeout=60)
+
+
+def verify(folder: Path, *units: str) -> list[str]:
+    """What systemd-analyze says of these units. The gate is silence: unknown keys do not change the exit status."""
+    # The trailing colon adds the system's own units, which ours refer to.
+    answer = run(
+        "systemd-analyze", "verify", "--man=no", *(folder / unit for unit in units), SYSTEMD_UNIT_PATH=f"{folder}:"
+    )
+    return (answer.stdout + answer.stderr).splitlines()
+
+
+def systemd_version() -> int:
+    return int(run("systemd-analyze", "--version").stdout.split()[1])
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """The units as installed, without the drop-in for newer systemd; a stub stands in for the daemon."""
+    stub = tmp_path / "stub"
+    stub.write_text("#!/bin/sh\n")
+    stub.chmod(0o755)
+    folder = tmp_path / "units"
+    shutil.copytree(UNITS, folder, ignore=shutil.ignore_patterns(RELOAD.parent.name))
+    service = folder / SERVICE.name
+    service.write_text(service.read_text().replace("=/usr/bin/cgpu-agent\n", f"={stub}\n"))
+    return folder
+
+
+ALL_UNITS = (SERVICE.name, *(path.name for path in SOCKETS.values()))
+
+
+@needs_analyze
+def test_systemd_has_nothing_to_say_about_the_units(installed: Path) -> None:
+    assert verify(installed, *ALL_UNITS) == []
+
+
+@needs_analyze
+@pytest.mark.parametrize("name", [*ALL_UNITS, str(DEVICE.relative_to(UNITS))])
+def test_the_gate_sees_a_line_that_systemd_would_ignore(installed: Path, name: str) -> None:
+    with (installed / name).open("a") as file:
+        file.write("[Unit]\nProtectEverything=yes\n")
+    assert any("ProtectEverything" in line for line in verify(installed, *ALL_UNITS))
+
+
+@needs_analyze
+def test_the_reload_drop_in_holds_nothing_but_the_newer_type(installed: Path) -> None:
+    shutil.copytree(RELOAD.parent, installed / RELOAD.parent.name)
+    said = verify(installed, SERVICE.name)
+    if systemd_version() >= 253:
+        assert said == []
+    else:
+        assert [line.partition(": ")[2] for line in said] == ["Failed to parse service type, ignoring: notify-reload"]
+
+
+@needs_analyze
+def test_exposure_is_within_its_bound() -> None:
+    answer = run("systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE_ALLOWED}", SERVICE)
+    assert answer.returncode == 0, answer.stdout
+
+
+@needs_analyze
+@pytest.mark.parametrize("key", ["CapabilityBoundingSet", "SystemCallFilter"])
+def test_exposure_without_a_setting_of_weight_is_out_of_bounds(tmp_path: Path, key: str) -> None:
+    weaker = tmp_path / SERVICE.name
+    weaker.write_text("\n".join(line for line in SERVICE.read_text().splitlines() if not line.startswith(f"{key}=")))
+    answer = run("systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE_ALLOWED}", weaker)
+    assert answer.returncode != 0
+
+
+@pytest.mark.parametrize("path", EVERY_FILE, ids=lambda path: path.name)
+def test_callers_keep_their_uids(path: Path) -> None:
+    assert "PrivateUsers" not in settings(path)
+    assert "DynamicUser" not in settings(path)
+
+
+@pytest.mark.parametrize("path", EVERY_FILE, ids=lambda path: path.name)
+def test_proc_of_callers_is_not_hidden(path: Path) -> None:
+    found = settings(path)
+    assert set(found.get("ProtectProc", [])) <= {"default"}
+    assert set(found.get("ProcSubset", [])) <= {"all"}
+
+
+def test_the_service_gets_both_sockets() -> None:
+    names = {path.name for path in SOCKETS.values()}
+    service = settings(SERVICE)
+    assert set(" ".join(service["Sockets"]).split()) == names
+    assert names <= set(" ".join(service["Requires"]).split())
+
+
+@pytest.mark.parametrize("name", SOCKETS)
+def test_a_socket_carries_the_name_and_path_that_the_daemon_knows(name: str) -> None:
+    socket = settings(SOCKETS[name])
+    assert socket["FileDescriptorName"] == [name]
+    assert socket["Service"] == [SERVICE.name]
+    assert socket["ListenStream"] == [getattr(Config().sockets, name)]
+
+
+def test_workloads_reach_their_socket_and_only_operators_the_other() -> None:
+    api, admin = settings(SOCKETS["api"]), settings(SOCKETS["admin"])
+    assert api["SocketMode"] == ["0666"]
+    assert admin["SocketMode"] == ["0600"]
+
+
+def test_the_daemon_may_call_its_own_admin_socket() -> None:
+    """Its self check does; as another user it could not pass mode 0600."""
+    assert settings(SOCKETS["admin"])["SocketUser"] == settings(SERVICE)["User"]
+
+
+def test_what_belongs_to_this_boot_outlives_the_process() -> None:
+    service = settings(SERVICE)
+    assert [f"/run/{name}" for name in service["RuntimeDirectory"]] == [Config().runtime_dir]
+    assert service["RuntimeDirectoryMode"] == ["0700"]
+    assert service["RuntimeDirectoryPreserve"] == ["yes"]
+
+
+def test_a_machine_without_an_event_log_still_starts() -> None:
+    service = settings(SERVICE)
+    assert service["SetCredential"] == ["eventlog:none"]
+    assert service["LoadCredential"] == [f"eventlog:{Config().logs.boot}"]
+
+
+def test_a_bad_configuration_is_not_retried() -> None:
+    assert settings(SERVICE)["RestartPreventExitStatus"] == [str(EXIT_CONFIG)]
+
+
+def test_every_allowed_caller_has_descriptors() -> None:
+    needed = DESCRIPTORS_PER_CALLER * Config().limits.connections
+    assert int(settings(SERVICE)["LimitNOFILE"][0]) >= needed + 1024
+
+
+def test_the_start_may_wait_for_the_tpm_as_long_as_the_daemon_does() -> None:
+    assert int(settings(SERVICE)["TimeoutStartSec"][0]) > 2 * Config().tpm.request_seconds
+
+
+def test_readiness_is_not_lost_where_the_newer_type_is_unknown() -> None:
+    assert settings(SERVICE)["Type"] == ["notify"]
+
+
+def test_the_tss_is_silent() -> None:
+    assert "TSS2_LOG=all+NONE" in settings(SERVICE)["Environment"]
+
+
+@needs_root
+@pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="systemd-sysusers is not installed")
+def test_users_and_directories_come_out_as_the_units_expect(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    for program, name in (("systemd-sysusers", "sysusers"), ("systemd-tmpfiles", "tmpfiles")):
+        create = ["--create"] if name == "tmpfiles" else []
+        answer = run(program, f"--root={tmp_path}", *create, UNITS / f"cgpu-agent.{name}.conf")
+        assert answer.returncode == 0, answer.stderr
+    service = settings(SERVICE)
+    user, group = service["User"][0], service["SupplementaryGroups"][0]
+    assert re.search(rf"^{user}:.*/nologin$", (tmp_path / "etc/passwd").read_text(), re.MULTILINE)
+    assert re.search(rf"^{group}:.*:{user}$", (tmp_path / "etc/group").read_text(), re.MULTILINE)
+    for folder in ("run/cgpu-agent", "etc/cgpu-agent"):
+        info = (tmp_path / folder).stat()
+        assert (info.st_uid, info.st_gid, info.st_mode & 0o7777) == (0, 0, 0o755)
