@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,17 +11,20 @@ from cgpu_agent.backends.base import AkAlgorithm, LoadedKey, MeasurementLogs, Si
 from cgpu_agent.domain.agentlog import AgentLog, CallerRecords
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.keys import Keys, tpm_was_reset
+from cgpu_agent.domain.turns import Turns
 from cgpu_agent.errors import DeviceFault, Misuse, Unavailable
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.bundle import caller_quote_extra_data, is_reserved_extra_data
 from cgpu_agent.wire.cel import Author, Record
-from cgpu_agent.wire.tpm import Attest, ClockInfo, PcrSelection, Quoted, parse_attest, pcr_digest
+from cgpu_agent.wire.tpm import Attest, ClockInfo, PcrSelection, Quoted, parse_attest, parse_signature, pcr_digest
 
 T = TypeVar("T")
 
+AGENT = "agent"
+"""Owner of the agent's own TPM jobs, among them those that serve many callers at once."""
+
 _QUOTE_ATTEMPTS = 8
 _OUT_OF_REACH = frozenset({"TPM_IO", "TPM_TIMEOUT"})
-_ATTEST_HASH = "sha256"  # of both AKs' signing schemes; a quote's pcrDigest uses it
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,8 @@ def consistent_quote(
         if not isinstance(attest.attested, Quoted):
             raise DeviceFault("TPM_ERROR", "the TPM answered a quote with another structure")
         values = tpm.pcr_read(selection)
-        if pcr_digest(values, selection.pcrs, _ATTEST_HASH) == attest.attested.pcr_digest:
+        hash_name = parse_signature(signed.signature).hash  # a pcrDigest is made with the signing scheme's hash
+        if pcr_digest(values, selection.pcrs, hash_name) == attest.attested.pcr_digest:
             return BootQuote(signed, values), attest
     raise Unavailable("PCRS_CHANGING", "PCRs kept changing while they were quoted", retry_after=1.0)
 
@@ -74,19 +78,25 @@ class MeasuredBoot:
         self.logs = logs
         self._caller_records = CallerRecords(log)
         self._eks: tuple[bytes, bytes] | None = None
+        self._turns = Turns()
         self._making_eks = asyncio.Lock()
         self.refusal: Unavailable | None = None
         """Set for good once measured state cannot be trusted any more; every call raises its like until reboot."""
         self.fault: DeviceFault | None = None
         """Why the last job got nothing from the TPM; ``None`` once one got something."""
 
-    async def run(self, job: Callable[[TpmCommands], T], *, idempotent: bool = True) -> T:
-        """Run a TPM job, unless evidence is refused; remember a refusal that only a reboot mends."""
+    async def run(self, owner: Hashable, job: Callable[[TpmCommands], T], *, idempotent: bool = True) -> T:
+        """Run a TPM job, unless evidence is refused; remember a refusal that only a reboot mends.
+
+        Args:
+            owner: on whose behalf, a uid or ``AGENT``: owners take turns at the TPM.
+        """
         if self.refusal is not None:
             # A new one: an exception that is raised again and again keeps every traceback.
             raise Unavailable(self.refusal.slug, self.refusal.message)
         try:
-            result = await self._tpm.run(job, timeout=self._timeout, idempotent=idempotent)
+            async with self._turns.turn(owner):
+                result = await self._tpm.run(job, timeout=self._timeout, idempotent=idempotent)
         except DeviceFault as error:
             if error.slug == "TPM_RESET":
                 self.refusal = tpm_was_reset()
@@ -109,37 +119,37 @@ class MeasuredBoot:
 
     async def probe(self) -> None:
         """Ask the TPM for its counters, so that a reset, a failure and its end are noticed though nobody calls."""
-        await self.run(lambda tpm: self.check_counters(tpm.clock()))
+        await self.run(AGENT, lambda tpm: self.check_counters(tpm.clock()))
 
     async def ek_publics(self) -> tuple[bytes, bytes]:
         """TPMT_PUBLIC of the RSA and the ECC EK; made once, since recreating an RSA EK is slow."""
         async with self._making_eks:
             if self._eks is None:
-                self._eks = await self.run(lambda tpm: (tpm.ek_public("rsa"), tpm.ek_public("ecc")))
+                self._eks = await self.run(AGENT, lambda tpm: (tpm.ek_public("rsa"), tpm.ek_public("ecc")))
             return self._eks
 
-    async def activate_credential(self, ek: AkAlgorithm, id_object: bytes, secret: bytes) -> bytes:
+    async def activate_credential(self, caller: Caller, ek: AkAlgorithm, id_object: bytes, secret: bytes) -> bytes:
         """TPM2_ActivateCredential for the platform AK. Raises ``Misuse`` (``BAD_CREDENTIAL``)."""
         if not 1 <= len(id_object) <= 256 or not 1 <= len(secret) <= 512:
             raise Misuse("BAD_CREDENTIAL", "credential_blob needs 1 to 256 bytes, secret 1 to 512")
         handle = self.keys.platform_ak_handle
-        return await self.run(lambda tpm: tpm.activate_credential(handle, ek, id_object, secret))
+        return await self.run(caller.uid, lambda tpm: tpm.activate_credential(handle, ek, id_object, secret))
 
     async def quote(self, caller: Caller, nonce: bytes, pcrs: tuple[int, ...]) -> BootQuote:
         """A plain quote that names its caller (see ``wire.bundle.caller_quote_extra_data``)."""
         if not 8 <= len(nonce) <= 64:
             raise Misuse("BAD_NONCE", "the nonce must have 8 to 64 bytes")
-        return await self._plain_quote(caller_quote_extra_data(caller.claims_bytes(), nonce), pcrs)
+        return await self._plain_quote(caller, caller_quote_extra_data(caller.claims_bytes(), nonce), pcrs)
 
-    async def raw_quote(self, nonce: bytes, pcrs: tuple[int, ...]) -> BootQuote:
+    async def raw_quote(self, caller: Caller, nonce: bytes, pcrs: tuple[int, ...]) -> BootQuote:
         """A quote over the caller's bytes as they are; never one of the agent's own forms."""
         if not 1 <= len(nonce) <= 48:
             raise Misuse("BAD_NONCE", "the nonce must have 1 to 48 bytes")
         if is_reserved_extra_data(nonce):
             raise Misuse("BAD_NONCE", "34 bytes beginning with C6 are the agent's own form and are never signed raw")
-        return await self._plain_quote(nonce, pcrs)
+        return await self._plain_quote(caller, nonce, pcrs)
 
-    async def _plain_quote(self, extra_data: bytes, pcrs: tuple[int, ...]) -> BootQuote:
+    async def _plain_quote(self, caller: Caller, extra_data: bytes, pcrs: tuple[int, ...]) -> BootQuote:
         selection = selection_of(pcrs or tuple(range(16)))
         handle = self.keys.platform_ak_handle
 
@@ -148,20 +158,20 @@ class MeasuredBoot:
             self.check_counters(attest.clock_info)
             return found
 
-        return await self.run(job)
+        return await self.run(caller.uid, job)
 
-    async def read_pcrs(self, pcrs: tuple[int, ...]) -> dict[int, bytes]:
+    async def read_pcrs(self, caller: Caller, pcrs: tuple[int, ...]) -> dict[int, bytes]:
         selection = selection_of(pcrs or tuple(range(24)))
-        return await self.run(lambda tpm: tpm.pcr_read(selection))
+        return await self.run(caller.uid, lambda tpm: tpm.pcr_read(selection))
 
-    async def systemd_log(self) -> bytes | None:
+    async def systemd_log(self, caller: Caller) -> bytes | None:
         """systemd's log as it is now; read on the TPM's thread, where waiting for its lock holds nobody up."""
 
         def job(_tpm: TpmCommands) -> bytes | None:
             with self.logs.systemd() as log:
                 return log
 
-        return await self.run(job)
+        return await self.run(caller.uid, job)
 
     async def measure_event(self, caller: Caller, content: bytes) -> tuple[int, bytes]:
         """Measure a caller's event under its (hashed) identity; returns sequence number and digest."""
@@ -169,17 +179,17 @@ class MeasuredBoot:
             raise Misuse("BAD_CONTENT", "the content must have 1 to 1024 bytes")
         self._caller_records.take(caller.uid)
         body = strictjson.dumps({"caller": caller.digest().hex(), "data": strictjson.b64(content)})
-        record = await self._measure("caller", body)
+        record = await self._measure(caller.uid, "caller", body)
         return record.sequence, record.digest
 
     async def measure_agent(self, event: dict[str, str]) -> None:
         """Measure an event of the agent's own."""
-        await self._measure("agent", strictjson.dumps(event))
+        await self._measure(AGENT, "agent", strictjson.dumps(event))
 
-    async def _measure(self, author: Author, content: bytes) -> Record:
+    async def _measure(self, owner: Hashable, author: Author, content: bytes) -> Record:
         def job(tpm: TpmCommands) -> Record:
             # First: after a reset the register explains nothing, and "diverged" would blame somebody else.
             self.check_counters(tpm.clock())
             return self.log.measure(tpm, author, content)
 
-        return await self.run(job, idempotent=False)
+        return await self.run(owner, job, idempotent=False)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cgpu_agent.backends.base import Clock, TpmCommands
-from cgpu_agent.domain.boot import BootQuote, MeasuredBoot, consistent_quote
+from cgpu_agent.domain.boot import AGENT, BootQuote, MeasuredBoot, consistent_quote
 from cgpu_agent.domain.caller import Caller
+from cgpu_agent.domain.turns import RoundRobin
 from cgpu_agent.errors import AgentError, Misuse, Unavailable
 from cgpu_agent.wire.bundle import (
     MAX_NONCE,
@@ -30,6 +30,8 @@ from cgpu_agent.wire.merkle import Tree
 from cgpu_agent.wire.tpm import PcrSelection
 
 MAX_BATCH = 256
+
+_Waiting = tuple[bytes, "asyncio.Future[bytes]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Evidence:
         self._boot_id = boot_id
         self.agent = dict(agent)
         self._selection = PcrSelection.of("sha256", pcrs)
-        self._waiting: deque[tuple[bytes, asyncio.Future[bytes]]] = deque()
+        self._waiting: RoundRobin[_Waiting] = RoundRobin()
         self._runner: asyncio.Task[None] | None = None
 
     async def get(self, caller: Caller, request: Request) -> bytes:
@@ -111,7 +113,7 @@ class Evidence:
         if len(statement) > MAX_STATEMENT:
             raise Unavailable("STATEMENT_TOO_LARGE", "the caller's identity does not fit into a statement")
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._waiting.append((statement, answer))
+        self._waiting.push(caller.uid, (statement, answer))
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run())
         return await answer
@@ -133,23 +135,22 @@ class Evidence:
                     if not answer.done():
                         answer.set_exception(failure)
 
-    def _next_batch(self) -> list[tuple[bytes, asyncio.Future[bytes]]]:
-        batch: list[tuple[bytes, asyncio.Future[bytes]]] = []
+    def _next_batch(self) -> list[_Waiting]:
+        """At most ``MAX_BATCH`` of those who wait, uid by uid in turn."""
+        batch: list[_Waiting] = []
         while self._waiting and len(batch) < MAX_BATCH:
-            entry = self._waiting.popleft()
+            entry = self._waiting.pop()
             if not entry[1].done():  # a caller that left costs nothing
                 batch.append(entry)
         return batch
 
-    async def _serve(
-        self, batch: list[tuple[bytes, asyncio.Future[bytes]]]
-    ) -> list[tuple[asyncio.Future[bytes], bytes]]:
+    async def _serve(self, batch: list[_Waiting]) -> list[tuple[asyncio.Future[bytes], bytes]]:
         tree = Tree([statement for statement, _ in batch])
 
         def job(tpm: TpmCommands) -> _Collected:
             return self._collect(tpm, tree)
 
-        collected = await self._boot.run(job)
+        collected = await self._boot.run(AGENT, job)
         return [
             (answer, self._bundle(collected, tree, index, statement))
             for index, (statement, answer) in enumerate(batch)

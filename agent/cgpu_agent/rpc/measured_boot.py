@@ -55,18 +55,18 @@ class MeasuredBootService(measured_boot_pb2_grpc.MeasuredBootServicer):
         )
 
     async def GetRawQuote(self, request: pb.GetRawQuoteRequest, context: Any) -> pb.GetRawQuoteResponse:
-        found: BootQuote = await self._core.boot.raw_quote(request.nonce, _pcrs(request.pcrs))
+        found: BootQuote = await self._core.boot.raw_quote(current_caller(), request.nonce, _pcrs(request.pcrs))
         return pb.GetRawQuoteResponse(quote=_signed(found.quote), pcrs=_bank(found.pcrs))
 
     async def ReadPcrs(self, request: pb.ReadPcrsRequest, context: Any) -> pb.ReadPcrsResponse:
-        return pb.ReadPcrsResponse(pcrs=_bank(await self._core.boot.read_pcrs(_pcrs(request.pcrs))))
+        return pb.ReadPcrsResponse(pcrs=_bank(await self._core.boot.read_pcrs(current_caller(), _pcrs(request.pcrs))))
 
     async def GetEventLog(self, request: pb.GetEventLogRequest, context: Any) -> pb.GetEventLogResponse:
         boot = self._core.boot
         if request.kind == pb.EVENT_LOG_KIND_BOOT:
             log = boot.logs.boot()
         elif request.kind == pb.EVENT_LOG_KIND_SYSTEMD:
-            log = await boot.systemd_log()
+            log = await boot.systemd_log(current_caller())
         elif request.kind == pb.EVENT_LOG_KIND_AGENT:
             log = boot.log.data
         else:
@@ -88,7 +88,9 @@ class MeasuredBootService(measured_boot_pb2_grpc.MeasuredBootServicer):
         ek = _EK_KINDS.get(request.ek)
         if ek is None:
             raise Misuse("BAD_CREDENTIAL", "name the EK: RSA or ECC")
-        secret = await self._core.boot.activate_credential(ek, request.credential_blob, request.secret)
+        secret = await self._core.boot.activate_credential(
+            current_caller(), ek, request.credential_blob, request.secret
+        )
         return pb.ActivateCredentialResponse(certinfo=secret)
 
 
