@@ -96,7 +96,7 @@ def change_uid(options: dict[str, Any]) -> None:
 
 
 def raw(options: dict[str, Any]) -> None:
-    """Open ``count`` connections, send ``data`` if any, say how many the server closed; then wait."""
+    """Open ``count`` connections, become uid ``then`` if given; say how many the server closed, when asked."""
     sockets = []
     for _ in range(options.get("count", 1)):
         sock = socket.socket(socket.AF_UNIX)
@@ -107,6 +107,8 @@ def raw(options: dict[str, Any]) -> None:
             return
         sock.setblocking(False)
         sockets.append(sock)
+    if "then" in options:
+        os.setuid(options["then"])
     say("connected")
     for _ in sys.stdin:
         say(sum(is_closed(sock) for sock in sockets))

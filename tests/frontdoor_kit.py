@@ -11,10 +11,11 @@ import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ class Kit:
     async def serve(self) -> None:
         """Start the inner server."""
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-        handlers = {
+        handlers: dict[str, Any] = {
             "Echo": unary(self._echo),
             "Who": unary(self._who),
             "Digest": unary(self._digest),
@@ -187,6 +188,30 @@ class Client:
         self.process.kill()
         with self.process:
             await asyncio.to_thread(self.process.wait)
+
+
+def with_kit(
+    scenario: Callable[[Kit], Awaitable[None]],
+    limits: DoorLimits | None = None,
+    *,
+    serve: bool = True,
+    opened: bool = True,
+) -> None:
+    """Run a scenario; without ``serve`` or ``opened`` it starts the inner server or the door itself."""
+
+    async def run() -> None:
+        async with Kit(limits, serve=serve, opened=opened) as kit:
+            await scenario(kit)
+
+    asyncio.run(run())
+
+
+def connect(path: str) -> socket.socket:
+    """A bare connection of this very process."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(path)
+    sock.setblocking(False)
+    return sock
 
 
 async def call(address: str, method: str, request: bytes = b"") -> Any:

@@ -165,7 +165,7 @@ def account(result: EvidenceResult) -> None:
     if result.endorsement is not None:
         print(f"  AK             {result.endorsement.detail}")
     print(
-        f"  who asked      uid {caller['uid']}, pid {caller['pid']}, by the kernel's word ({caller['identity_strength']})"
+        f"  who asked      uid {caller['uid']}, pid {caller['pid']}, says the kernel ({caller['identity_strength']})"
     )
     print("What it does not know")
     for gap in not_proven(result):

@@ -9,24 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cgpu_agent.errors import Denied
 from cgpu_agent.rpc.environment import self_check_environment
-from frontdoor_kit import Kit, call, entries, needs_root, until
+from frontdoor_kit import Kit, call, entries, needs_root, until, with_kit
 
 pytestmark = needs_root
 
 NO_IDENTITY = ["UNAUTHENTICATED", "NO_IDENTITY"]
-
-
-def with_kit(scenario: Any) -> None:
-    async def run() -> None:
-        async with Kit() as kit:
-            await scenario(kit)
-
-    asyncio.run(run())
 
 
 def test_a_caller_is_who_the_kernel_says() -> None:
@@ -142,6 +133,21 @@ def test_changing_uid_after_connecting_gains_nothing_and_fails_the_check() -> No
             ]
 
     with_kit(scenario)
+
+
+def test_changing_uid_before_being_accepted_fails_the_check() -> None:
+    async def scenario(kit: Kit) -> None:
+        async with kit.client("raw", then=4321) as client:
+            await client.says()
+            kit.front.start()
+            await until(lambda: bool(kit.opened))
+            [caller] = kit.opened
+            assert caller.caller.uid == 0
+            with pytest.raises(Denied) as refused:
+                caller.still_the_same()
+            assert refused.value.slug == "CALLER_CHANGED"
+
+    with_kit(scenario, opened=False)
 
 
 def test_another_program_in_the_same_process_fails_the_check() -> None:

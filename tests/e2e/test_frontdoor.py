@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -20,27 +20,9 @@ from cgpu_agent.rpc.environment import self_check_environment
 from cgpu_agent.rpc.frontdoor import FrontDoor
 from cgpu_agent.rpc.identify import Identified, Identifier
 from cgpu_agent.rpc.pump import BUFFER_SIZE
-from frontdoor_kit import SERVICE, Client, Kit, call, descriptors, entries, needs_root, until
+from frontdoor_kit import SERVICE, Client, Kit, call, connect, descriptors, entries, needs_root, until, with_kit
 
 KIT = Path(__file__).parent.parent / "frontdoor_kit.py"
-Scenario = Callable[[Kit], Awaitable[None]]
-
-
-def with_kit(
-    scenario: Scenario, limits: DoorLimits | None = None, *, serve: bool = True, opened: bool = True
-) -> None:
-    async def run() -> None:
-        async with Kit(limits, serve=serve, opened=opened) as kit:
-            await scenario(kit)
-
-    asyncio.run(run())
-
-
-def connect(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(path)
-    sock.setblocking(False)
-    return sock
 
 
 # -- the caller's life
@@ -145,6 +127,22 @@ async def ignore_reset(reader: asyncio.StreamReader) -> bytes:
         return await reader.read(65536)
     except ConnectionError:
         return b""
+
+
+def test_what_a_used_up_budget_left_is_moved_in_the_next_turn() -> None:
+    """The end was announced together with the data that used the budget up; no event comes again."""
+
+    async def scenario(kit: Kit) -> None:
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.bind(kit.inner)
+            silent.listen()
+            with connect(kit.public) as sock:
+                sock.send(b"x")
+            kit.front.start()
+            await until(lambda: kit.front.stats().accepted == 1)
+            await until(lambda: kit.front.stats().open == 0)
+
+    with_kit(scenario, DoorLimits(bytes_per_wake=1), serve=False, opened=False)
 
 
 def test_descriptors_sent_to_the_door_are_not_kept() -> None:

@@ -19,6 +19,7 @@ from cgpu_agent.wire.bundle import (
     MAX_USER_DATA,
     MIN_NONCE,
     Bundle,
+    BundleFrame,
     LogDigest,
     Manifest,
     SignedAttest,
@@ -151,8 +152,9 @@ class Evidence:
             return self._collect(tpm, tree)
 
         collected = await self._boot.run(AGENT, job)
+        frame = BundleFrame(self._shared(collected))
         return [
-            (answer, self._bundle(collected, tree, index, statement))
+            (answer, frame.fill(statement, index, tree.path(index)))
             for index, (statement, answer) in enumerate(batch)
         ]
 
@@ -192,13 +194,14 @@ class Evidence:
             missing=tuple(missing),
         )
 
-    def _bundle(self, collected: _Collected, tree: Tree, index: int, statement: bytes) -> bytes:
+    def _shared(self, collected: _Collected) -> Bundle:
+        """The part of a bundle that is the same for the whole batch."""
         keys, quote = self._boot.keys, collected.boot.quote
         return Bundle(
-            statement=statement,
+            statement=b"",
             manifest=collected.manifest,
-            leaf_index=index,
-            inclusion_path=tree.path(index),
+            leaf_index=0,
+            inclusion_path=(),
             quote=SignedAttest(quote.attest, quote.signature),
             agent_ak=keys.agent_ak.public,
             agent_ak_certify=SignedAttest(keys.agent_ak_certify.attest, keys.agent_ak_certify.signature),
@@ -209,4 +212,4 @@ class Evidence:
             boot_log=collected.boot_log,
             systemd_log=collected.systemd_log,
             agent_log=collected.agent_log,
-        ).encode()
+        )

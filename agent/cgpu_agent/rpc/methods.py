@@ -36,10 +36,16 @@ def public_authorizer(policy: Callable[[], Policy]) -> Callable[[Caller, str], D
 
 
 def admin_authorizer(own_uid: int) -> Callable[[Caller, str], Decision]:
-    """For the admin socket: root outside any container, and the agent itself. Its file mode keeps others out too."""
+    """For the admin socket, whose file mode already keeps others out: root outside any container, and the agent.
+
+    A container's root is uid 0 too. Where the kernel tells cgroups it must be seen to be in none; where it cannot
+    (identity strength ``pid``) the file mode is the only guard.
+    """
 
     def authorize(caller: Caller, method: str) -> Decision:
-        operator = caller.uid == own_uid or (caller.uid == 0 and caller.container is None)
+        outside = caller.cgroup is not None and caller.container is None
+        root = caller.uid == 0 and (outside or caller.identity_strength == "pid")
+        operator = caller.uid == own_uid or root
         known = method.startswith(("/cgpu.agent.v1.Admin/", *_ABOUT_THE_SERVER))
         return Decision(operator and known, "operator-only")
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from cgpu_agent.errors import HostileInput
@@ -333,6 +333,31 @@ class Bundle:
                 "statement": b64(self.statement),
             }
         )
+
+
+class BundleFrame:
+    """A bundle encoded once for a whole batch: only statement, leaf and path differ from caller to caller.
+
+    Args:
+        shared: any bundle of the batch.
+    """
+
+    _HOLES: Final = (b'"inclusion_path":[]', b'"leaf_index":0', b'"statement":""')
+
+    def __init__(self, shared: Bundle) -> None:
+        rest = replace(shared, statement=b"", leaf_index=0, inclusion_path=()).encode()
+        self._parts: list[bytes] = []
+        for hole in self._HOLES:  # each once and in this order: keys are sorted, and base64 holds no quotes
+            before, _, rest = rest.partition(hole)
+            self._parts.append(before)
+        self._parts.append(rest)
+
+    def fill(self, statement: bytes, leaf_index: int, inclusion_path: Sequence[bytes]) -> bytes:
+        """The bundle of one caller, byte for byte what ``Bundle.encode`` gives."""
+        nodes = ",".join(f'"{node.hex()}"' for node in inclusion_path)
+        holes = (f'"inclusion_path":[{nodes}]', f'"leaf_index":{leaf_index}', f'"statement":"{b64(statement)}"')
+        first, second, third, last = self._parts
+        return b"".join((first, holes[0].encode(), second, holes[1].encode(), third, holes[2].encode(), last))
 
 
 def _signed(fields: Fields, name: str) -> SignedAttest:

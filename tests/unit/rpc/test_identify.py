@@ -206,8 +206,9 @@ def test_a_caller_that_runs_another_program_fails_the_check(tmp_path: Path) -> N
         found.close()
 
 
-def test_a_closed_identity_is_gone_for_ever(other: Peer) -> None:
-    found = other.identify()
+@pytest.mark.parametrize("capabilities", [HERE, OLD_KERNEL], ids=["this kernel", "old kernel"])
+def test_a_closed_identity_is_gone_for_ever(other: Peer, capabilities: IdentityCapabilities) -> None:
+    found = other.identify(capabilities)
     found.close()
     found.close()
     assert found.pidfd is None
