@@ -1,0 +1,141 @@
+"""Keeps the audit log: what was decided, about whom, by which rule; chained, so that its history cannot be rewritten.
+
+Actions that let a caller speak as this VM are recorded, durably, before they happen. Refusals are counted per caller
+and minute instead, so that nobody can fill the disk by being refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cgpu_agent.backends.base import Clock
+from cgpu_agent.domain.caller import Caller
+from cgpu_agent.errors import HostileInput, Unavailable
+from cgpu_agent.wire.audit import EMPTY, MAX_RECORD, AuditHead, AuditRecord, digest_of, follow, parse_record
+
+_NAME = "audit.jsonl"
+MAX_FILE = 16 << 20
+DENIAL_SECONDS = 60.0
+_MAX_DENIALS = 1024
+
+
+class AuditLog:
+    """The log in one directory: ``audit.jsonl``, and the full files before it as ``audit.<first record>.jsonl``.
+
+    Args:
+        folder: of mode 0700; lives over boots.
+        boot_id: the kernel's boot id.
+        clock: for the (untrusted) time of records.
+
+    Raises:
+        Unavailable: ``AUDIT_BROKEN`` when the files do not hold one chain; an operator must look, and move them away.
+    """
+
+    def __init__(self, folder: Path, boot_id: str, clock: Clock) -> None:
+        self._path = folder / _NAME
+        self._folder = folder
+        self._boot_id = boot_id
+        self._clock = clock
+        self._lock = asyncio.Lock()
+        self._denials: Counter[tuple[int, str, str]] = Counter()
+        self._denials_since = clock.monotonic()
+        try:
+            self.head = self._recover()
+        except (HostileInput, OSError) as error:
+            raise Unavailable(
+                "AUDIT_BROKEN", "the audit log is damaged; move it away and keep it as evidence"
+            ) from error
+        self.quoted: AuditHead = EMPTY
+        """The head that the newest manifest holds."""
+
+    def _recover(self) -> AuditHead:
+        """Check the current file against itself and the one before; drop a record that a crash cut short."""
+        data = self._path.read_bytes() if self._path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            with self._path.open("rb+") as file:
+                file.truncate(len(whole))
+                os.fsync(file.fileno())
+        if not whole:
+            return self._kept_head()
+        first = parse_record(whole.split(b"\n", 1)[0])
+        _, head = follow(whole, AuditHead(first.sequence - 1, first.previous))
+        return head
+
+    def _kept_head(self) -> AuditHead:
+        kept = sorted(self._folder.glob("audit.[0-9]*.jsonl"))
+        if not kept:
+            return EMPTY
+        last = kept[-1].read_bytes().rstrip(b"\n").rpartition(b"\n")[2]
+        return AuditHead(parse_record(last).sequence, digest_of(last))
+
+    async def record(self, event: str, data: Mapping[str, Any]) -> None:
+        """Write one record and wait until it is on disk.
+
+        Raises:
+            Unavailable: ``AUDIT_UNAVAILABLE``: what needs its record must then not happen.
+        """
+        await self._record([(event, dict(data))])
+
+    async def _record(self, entries: list[tuple[str, dict[str, Any]]]) -> None:
+        async with self._lock:
+            try:
+                await asyncio.get_running_loop().run_in_executor(None, self._append, entries)
+            except OSError as error:
+                raise Unavailable("AUDIT_UNAVAILABLE", "the audit log cannot be written", retry_after=5.0) from error
+
+    def _append(self, entries: list[tuple[str, dict[str, Any]]]) -> None:
+        lines, head, now = b"", self.head, int(self._clock.time())
+        for event, data in entries:
+            record = AuditRecord(head.sequence + 1, head.digest, now, self._boot_id, event, data)
+            lines += record.line()
+            head = AuditHead(record.sequence, digest_of(record.line()))
+        self._rotate()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self._path, flags, 0o600)
+        try:
+            size = os.fstat(descriptor).st_size
+            try:
+                if os.write(descriptor, lines) != len(lines):
+                    raise OSError("short write")
+                os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, size)  # all of it or nothing
+                raise
+        finally:
+            os.close(descriptor)
+        self.head = head
+
+    def _rotate(self) -> None:
+        if not self._path.exists() or self._path.stat().st_size < MAX_FILE:
+            return
+        with self._path.open("rb") as file:
+            first = parse_record(file.readline(MAX_RECORD))
+        self._path.rename(self._folder / f"audit.{first.sequence:016d}.jsonl")
+
+    def denied(self, caller: Caller | None, method: str, reason: str) -> None:
+        """Count a refusal; ``flush_denials`` writes the counts."""
+        key = (-1 if caller is None else caller.uid, method, reason)
+        if key in self._denials or len(self._denials) < _MAX_DENIALS:
+            self._denials[key] += 1
+        else:
+            self._denials[-1, "", "OTHER"] += 1
+
+    async def flush_denials(self, *, now: bool = False) -> None:
+        """Write what was refused in the last minute, one record per caller, method and reason."""
+        moment = self._clock.monotonic()
+        if not self._denials or (not now and moment - self._denials_since < DENIAL_SECONDS):
+            return
+        self._denials_since = moment
+        counted, self._denials = self._denials, Counter()
+        await self._record(
+            [
+                ("denied", {"count": count, "method": method, "reason": reason, "uid": uid})
+                for (uid, method, reason), count in counted.items()
+            ]
+        )
