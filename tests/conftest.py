@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cgpu_agent.backends.tpm.software import Swtpm
+from fixtures.daemon import Daemon, booted_daemon
+from fixtures.machine import Machine, replay_boot
+from fixtures.swtpm import running_swtpm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,3 +27,25 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("third-party recordings (../shared/data) are not on this machine")
     return folder
+
+
+@pytest.fixture
+def swtpm() -> Iterator[Swtpm]:
+    """An emulated TPM of the test's own: just made, and running."""
+    with running_swtpm() as tpm:
+        yield tpm
+
+
+@pytest.fixture
+def machine(swtpm: Swtpm, tmp_path: Path) -> Machine:
+    """A VM in whose TPM the recorded firmware booted, without an agent yet."""
+    replay_boot(swtpm)
+    return Machine(swtpm, tmp_path)
+
+
+@pytest.fixture
+def daemon() -> Iterator[Daemon]:
+    """A real cgpu-agent process on a TPM in which the recorded firmware booted; ready."""
+    with booted_daemon() as agent:
+        agent.start()
+        yield agent

@@ -25,10 +25,13 @@ from authority import certify
 from cgpu_agent.backends.tpm.owner import TpmOwner
 from cgpu_agent.backends.tpm.software import Swtpm
 from cgpu_agent.backends.tpm.transport import open_tpm
+from cgpu_agent.cedar.engine import Policies
+from cgpu_agent.cedar.files import appraisal_schema, default_appraisal
 from cgpu_agent.cli.verify import not_proven
 from cgpu_agent.client import Agent
 from cgpu_agent.domain.keys import AK_CERTIFICATE_INDEX
 from cgpu_agent.errors import AgentError
+from cgpu_agent.verifier.appraisal import appraise
 from cgpu_agent.verifier.boot import boot_story
 from cgpu_agent.verifier.certificate import load_certificates
 from cgpu_agent.verifier.evidence import EvidenceResult, RelyingParty, verify_evidence
@@ -133,9 +136,9 @@ def be_a_workload(state: Path) -> tuple[bytes, bytes, float]:
 
 
 def be_the_relying_party(state: Path, nonce: bytes, bundle: bytes) -> EvidenceResult:
-    """Judge the bundle with nothing but the bundle, the nonce and a root certificate."""
+    """Judge the bundle with nothing but the bundle, the nonce and the root of what is known to be a simulator."""
     roots = load_certificates((state / "ak-root.pem").read_bytes())
-    party = RelyingParty(audience=AUDIENCE, nonce=nonce, at=datetime.now(timezone.utc), roots=roots)
+    party = RelyingParty(audience=AUDIENCE, nonce=nonce, at=datetime.now(timezone.utc), simulated_roots=roots)
     return verify_evidence(bundle, party)
 
 
@@ -167,10 +170,14 @@ def account(result: EvidenceResult) -> None:
     print(
         f"  who asked      uid {caller['uid']}, pid {caller['pid']}, says the kernel ({caller['identity_strength']})"
     )
+    simulated = str(result.simulated).lower()
+    print(f"  simulated: {simulated}  by the root that signed, whatever the VM says of itself")
+    policy = Policies.load(default_appraisal(), appraisal_schema(), "the default policy")
+    appraisal = appraise(result, policy, None)
+    print(f"  appraisal      {appraisal.status} by the default policy, which refuses simulators")
     print("What it does not know")
-    for gap in not_proven(result):
+    for gap in not_proven(result, appraisal.coverage):
         print(f"  - {gap}")
-    print("  - that this is a real TPM: it is a software one, certified by a CA made a minute ago")
 
 
 def tamper(state: Path, nonce: bytes, bundle: bytes) -> str:
@@ -218,7 +225,8 @@ def start() -> None:
     print(f"  export {sockets} PATH=$PWD/.venv/bin:$PATH")
     print("  cgpuctl status; cgpuctl boot show; cgpuctl doctor")
     print("  cgpuctl evidence get -o bundle.json --nonce 00112233445566778899aabbccddeeff")
-    print(f"  cgpuctl verify bundle.json --nonce 00112233445566778899aabbccddeeff --ak-root {state}/ak-root.pem")
+    print("  cgpuctl verify bundle.json --nonce 00112233445566778899aabbccddeeff --explain --html verdict.html \\")
+    print(f"    --simulated-ak-root {state}/ak-root.pem")
     print("  make demo-stop   # leaves nothing behind")
 
 

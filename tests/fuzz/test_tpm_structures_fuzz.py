@@ -9,10 +9,10 @@ import pytest
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.certificate import AK, EK, load_certificate, load_certificates
 from cgpu_agent.verifier.chain import verify_chain
-from cgpu_agent.verifier.der import is_pem, pem_blocks, trim_der
 from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.verifier.quote import verify_quote
 from cgpu_agent.wire import tpm
+from cgpu_agent.wire.der import is_pem, pem_blocks, trim_der
 from cryptography.hazmat.primitives.serialization import Encoding
 from fixtures.attest import Signer, attest, certify, ecc_key, public_area, quote, rsa_key, selection, tpm2b, values
 from fixtures.pki import NOW, Authority

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import secrets
 import sys
-import tempfile
-from pathlib import Path
 
 from cgpu_agent.cli import output
+from cgpu_agent.cli.files import write_whole
 from cgpu_agent.cli.inputs import parse_hex, read_file
 from cgpu_agent.client import Agent
 from cgpu_agent.errors import Misuse
@@ -32,26 +30,3 @@ def run(arguments: argparse.Namespace) -> int:
     write_whole(arguments.output, bundle)
     output.say(f"{arguments.output}: {len(bundle)} bytes, nonce {nonce.hex()}, audience {arguments.audience}")
     return output.EXIT_PASS
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file as a whole or not at all. Raises ``Misuse`` (``CANNOT_WRITE``)."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(data)
-                file.flush()
-                temporary.chmod(0o666 & ~_umask())
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise Misuse("CANNOT_WRITE", f"{path}: {error.strerror}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -10,7 +10,15 @@ from cgpu_agent.cli import output
 from cgpu_agent.cli.parser import build_parser
 from cgpu_agent.errors import AgentError, Misuse
 
-_EXTRAS = {"cryptography": "cgpu-agent[verifier]", "grpc": "cgpu-agent", "google": "cgpu-agent"}
+_EXTRAS = {
+    "cedarpy": "cgpu-agent[verifier]",
+    "cryptography": "cgpu-agent[verifier]",
+    "google": "cgpu-agent",
+    "grpc": "cgpu-agent",
+    "joserfc": "cgpu-agent[verifier]",
+    "lxml": "cgpu-agent[gpu]",
+    "signxml": "cgpu-agent[gpu]",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

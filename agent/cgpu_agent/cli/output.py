@@ -42,8 +42,8 @@ def say(text: str = "") -> None:
 
 
 def emit_json(value: object) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, sort_keys=True))
+    """One JSON document on stdout, in ASCII and without control characters (JSON itself lets DEL pass)."""
+    print(json.dumps(value, indent=2, sort_keys=True).replace("\x7f", "\\u007f"))
 
 
 def pairs(rows: Iterable[tuple[str, str]], indent: str = "  ") -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from cgpu_agent import __version__
 
 DEFAULT_AUDIENCE = "local"
+_ARCHITECTURES = ("hopper", "blackwell", "ls10", "ampere")
 _BANKS = ("sha1", "sha256", "sha384", "sha512")
 
 _Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
@@ -27,13 +28,16 @@ def build_parser() -> argparse.ArgumentParser:
     _boot(commands)
     _evidence(commands)
     _verify(commands)
+    _reference(commands)
     _eventlog(commands)
     _quote(commands)
+    _gpu(commands)
+    _ak(commands)
     _completion(commands)
     return parser
 
 
-def _json(parser: argparse.ArgumentParser) -> None:
+def _json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -102,13 +106,8 @@ def _evidence(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.set_defaults(module="evidence")
 
 
-def _verify(commands: _Commands[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "verify",
-        help="judge an evidence bundle offline",
-        description="Judge an evidence bundle. Needs no agent, no TPM and no network. "
-        "Exit status: 0 accepted, 1 refused.",
-    )
+def _relying_party(parser: argparse.ArgumentParser) -> None:
+    """Who judges, and what it demands."""
     parser.add_argument("bundle", type=Path, metavar="FILE", help="the bundle; - for standard input")
     parser.add_argument("--nonce", required=True, metavar="HEX", help="the nonce you sent")
     parser.add_argument(
@@ -120,6 +119,11 @@ def _verify(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--at", metavar="RFC3339", help="judge certificates at this time (default: now)")
     files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
     parser.add_argument("--ak-root", help="trusted root for AK certificates (PEM or DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument(
+        "--simulated-ak-root",
+        help="root of a simulator's AK certificates; the verdict says so",
+        **files,  # type: ignore[arg-type]
+    )
     parser.add_argument("--ak-intermediate", help="CA certificates below it (PEM or DER)", **files)  # type: ignore[arg-type]
     parser.add_argument(
         "--ak-name", action="append", default=[], metavar="HEX", help="Name of a platform AK that you enrolled"
@@ -135,8 +139,60 @@ def _verify(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--allow-no-boot-log", action="store_true", help="accept a missing firmware log; the verdict says so"
     )
-    _json(parser)
+
+
+def _verify(commands: _Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="judge an evidence bundle offline",
+        description="Judge an evidence bundle. Needs no agent, no TPM and no network. Exit status: 0 accepted, "
+        "1 refused; with --policy or --appraise, 0 only where the policy affirms or accepts it too.",
+    )
+    _relying_party(parser)
+    group = parser.add_argument_group("appraisal")
+    group.add_argument(
+        "--policy", type=Path, metavar="FILE", help="your appraisal policy (Cedar), which then decides"
+    )
+    group.add_argument("--appraise", action="store_true", help="let the default appraisal policy decide")
+    group.add_argument("--reference", type=Path, metavar="FILE", help="expected values (cgpuctl reference make)")
+    group.add_argument("--explain", action="store_true", help="for each part: the rule, and what would change it")
+    group = parser.add_argument_group("output")
+    _json(group)
+    group.add_argument("--html", type=Path, metavar="FILE", help="write the verdict as a page")
+    group.add_argument("--jwt", type=Path, metavar="FILE", help="write the verdict as a signed EAR (JWT)")
+    group.add_argument("--jwt-key", type=Path, metavar="FILE", help="your key to sign it (PEM)")
+    group.add_argument("--jwt-audience", metavar="NAME", help="who may rely on it (default: your own name)")
     parser.set_defaults(module="verify")
+
+
+def _reference(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser("reference", help="values to expect of a VM", description="Values to expect of a VM.")
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    parser = verbs.add_parser(
+        "make",
+        help="make reference values from a good bundle",
+        description="Verify a bundle of a VM that you know to be good, and write down what it showed, for "
+        "cgpuctl verify --reference. Look at the file before you rely on it.",
+    )
+    _relying_party(parser)
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (default: stdout)")
+    parser.add_argument(
+        "--pcr",
+        type=int,
+        action="append",
+        default=[],
+        metavar="PCR",
+        help="expect this PCR too, besides 0, 2, 3, 4 and 7",
+    )
+    parser.add_argument(
+        "--command-line",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="the kernel command line of a unified kernel image, whose log holds only its digest",
+    )
+    parser.add_argument("--any-instance", action="store_true", help="expect this image on any VM, not this VM")
+    parser.set_defaults(module="reference")
 
 
 def _eventlog(commands: _Commands[argparse.ArgumentParser]) -> None:
@@ -172,6 +228,71 @@ def _quote(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--allow-sha1-bank", action="store_true", help="accept PCR values of the SHA-1 bank")
     _json(parser)
     parser.set_defaults(module="quote")
+
+
+def _gpu(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser("gpu", help="judge GPU attestation", description="Attestation of NVIDIA GPUs.")
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    parser = verbs.add_parser(
+        "verify",
+        help="judge GPU and NVSwitch reports offline",
+        description="Judge the attestation reports of NVIDIA GPUs and NVSwitches. Needs no GPU and no network. "
+        "Exit status: 0 pass, 1 refused or unverifiable.",
+    )
+    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
+    parser.add_argument("--report", type=Path, metavar="FILE", help="one report, hex or raw bytes")
+    parser.add_argument("--chain", type=Path, metavar="FILE", help="its five certificates (PEM, leaf first)")
+    parser.add_argument("--evidence", help="NVIDIA's JSON list of devices, all of one machine", **files)  # type: ignore[arg-type]
+    parser.add_argument("--nonce", metavar="HEX", help="the 32 bytes that you sent")
+    parser.add_argument("--gpus", type=int, metavar="COUNT", help="how many GPUs there must be")
+    parser.add_argument("--arch", choices=_ARCHITECTURES, help="what every device must be")
+    parser.add_argument("--at", metavar="RFC3339", help="judge at this time (default: now)")
+    parser.add_argument("--rim", help="NVIDIA's reference values: signed XML", **files)  # type: ignore[arg-type]
+    parser.add_argument("--crl", help="certificate revocation list (DER or PEM)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--ocsp", help="OCSP response (DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--max-age", type=int, metavar="DAYS", help="oldest acceptable CRL or OCSP response")
+    parser.add_argument("--device-root", type=Path, metavar="FILE", help="trust this root instead of NVIDIA's")
+    parser.add_argument("--rim-root", type=Path, metavar="FILE", help="the same for reference values")
+    parser.add_argument("--min-driver", metavar="VERSION", help="lowest driver to accept")
+    parser.add_argument("--min-vbios", metavar="VERSION", help="lowest GPU firmware to accept")
+    parser.add_argument("--min-switch-bios", metavar="VERSION", help="lowest NVSwitch firmware to accept")
+    parser.add_argument("--require-revocation", action="store_true", help="refuse an unknown revocation status")
+    parser.add_argument("--require-fwid", action="store_true", help="refuse firmware that does not report its FWID")
+    parser.add_argument("--allow-no-rim", action="store_true", help="accept unmeasured devices; the verdict says so")
+    parser.add_argument(
+        "--allow-rim-hold", action="store_true", help="accept a RIM signer whose certificate is on hold"
+    )
+    form = parser.add_mutually_exclusive_group()
+    _json(form)
+    form.add_argument("--eat", action="store_true", help="print claims as in NVIDIA's tokens, unsigned")
+    parser.set_defaults(module="gpu")
+
+
+def _ak(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser("ak", help="have the platform AK certified", description="This VM's platform AK.")
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    parser = verbs.add_parser(
+        "enrol",
+        help="get an AK certificate from a verifier service",
+        description="Show a verifier service that the platform AK is in one TPM with an EK that it trusts, and get a "
+        "short-lived certificate. Needs the grant boot.activate_credential.",
+    )
+    parser.add_argument("--url", required=True, metavar="URL", help="the service: https, or http to this machine")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where to write it (DER)")
+    parser.add_argument("--ek", choices=("rsa", "ecc"), help="which EK (default: the first with a certificate)")
+    parser.add_argument(
+        "--ek-certificate", type=Path, metavar="FILE", help="its certificate (default: the one in the TPM's NV)"
+    )
+    parser.add_argument(
+        "--ek-intermediate",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="CA certificate above it (PEM or DER)",
+    )
+    _socket(parser, "the agent's socket", "CGPU_AGENT_SOCKET")
+    parser.set_defaults(module="ak")
 
 
 def _completion(commands: _Commands[argparse.ArgumentParser]) -> None:

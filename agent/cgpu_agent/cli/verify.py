@@ -7,21 +7,38 @@ from pathlib import Path
 
 from cryptography import x509
 
-from cgpu_agent.cli import output
+from cgpu_agent.cli import appraise, output
 from cgpu_agent.cli.inputs import parse_hex, parse_time, read_file
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.verifier.certificate import load_certificates
+from cgpu_agent.verifier.coverage import Coverage
 from cgpu_agent.verifier.evidence import EvidenceResult, RelyingParty, verify_evidence
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.bundle import MAX_BUNDLE
 
 
 def run(arguments: argparse.Namespace) -> int:
-    party = RelyingParty(
+    party = party_of(arguments)
+    judge = appraise.Judge.of(arguments)
+    result = verify_evidence(read_file(arguments.bundle, MAX_BUNDLE + 1), party)
+    appraisal = judge.appraise(result)
+    if arguments.json:
+        output.emit_json({**to_json(result, appraisal.coverage), "appraisal": appraisal.to_json()})
+    else:
+        show(result, appraisal.coverage)
+        judge.show(appraisal, explain=arguments.explain)
+    judge.write(appraisal, arguments, at=party.at, gaps=not_proven(result, appraisal.coverage))
+    return output.EXIT_PASS if result.accepted and judge.lets_pass(appraisal) else output.EXIT_REFUSED
+
+
+def party_of(arguments: argparse.Namespace) -> RelyingParty:
+    """The relying party that a command line describes."""
+    return RelyingParty(
         audience=arguments.audience,
         nonce=parse_hex(arguments.nonce, "--nonce"),
         at=parse_time(arguments.at),
         roots=_certificates(arguments.ak_root),
+        simulated_roots=_certificates(arguments.simulated_ak_root),
         intermediates=_certificates(arguments.ak_intermediate),
         pinned_names=frozenset(parse_hex(name, "--ak-name") for name in arguments.ak_name),
         allow_unendorsed=arguments.allow_unendorsed,
@@ -30,12 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
         user_data=None if arguments.user_data is None else parse_hex(arguments.user_data, "--user-data"),
         public_key=None if arguments.public_key is None else read_file(arguments.public_key, 8192),
     )
-    result = verify_evidence(read_file(arguments.bundle, MAX_BUNDLE + 1), party)
-    if arguments.json:
-        output.emit_json(to_json(result))
-    else:
-        show(result)
-    return output.EXIT_PASS if result.accepted else output.EXIT_REFUSED
 
 
 def _certificates(paths: list[Path]) -> list[x509.Certificate]:
@@ -48,7 +59,7 @@ def _certificates(paths: list[Path]) -> list[x509.Certificate]:
     return found
 
 
-def to_json(result: EvidenceResult) -> dict[str, object]:
+def to_json(result: EvidenceResult, coverage: Coverage | None = None) -> dict[str, object]:
     """The verdict for programs: claims that are *signed* apart from what the agent merely *reports*."""
     statement, manifest = result.statement, result.manifest
     refusal = result.refusal
@@ -63,6 +74,7 @@ def to_json(result: EvidenceResult) -> dict[str, object]:
             for index, found in sorted(result.registers.items())
         },
         "signed": {"secure_boot": None if result.secure_boot is None else result.secure_boot.state},
+        "simulated": result.simulated,
         "reported": None
         if statement is None or manifest is None
         else {
@@ -78,15 +90,16 @@ def to_json(result: EvidenceResult) -> dict[str, object]:
             {"author": record.author, "content": strictjson.loads(record.content, "record", 4096)}
             for record in result.records
         ],
-        "not_proven": not_proven(result),
+        "not_proven": not_proven(result, coverage),
     }
 
 
-def not_proven(result: EvidenceResult) -> list[str]:
-    """What an accepted bundle does not show, in words."""
+def not_proven(result: EvidenceResult, coverage: Coverage | None = None) -> list[str]:
+    """What an accepted bundle does not show, in words. ``coverage`` is what measures the agent, where it is known."""
     if not result.accepted:
         return []
-    gaps = [step.detail for step in result.steps if step.outcome.value == "skip" and step.slug != "NOT_ASKED"]
+    gaps = ["that this is a real TPM: a simulator's root vouches for it"] if result.simulated else []
+    gaps += [step.detail for step in result.steps if step.outcome.value == "skip" and step.slug != "NOT_ASKED"]
     gaps += [
         f"PCR {index}: {found.note}"
         for index, found in sorted(result.registers.items())
@@ -94,14 +107,17 @@ def not_proven(result: EvidenceResult) -> list[str]:
     ]
     if result.secure_boot is not None and result.secure_boot.state == "disabled":
         gaps.append(f"Secure Boot disabled: {result.secure_boot.reason}")
-    gaps.append(
-        "what the agent itself says (caller, configuration, time) is as good as the file system it runs from; "
-        "nothing here measures that"
-    )
+    kind = "nothing" if coverage is None else coverage.kind
+    if kind != "verity-root":
+        measured = "nothing here measures that" if kind == "nothing" else "only its programs in /usr are measured"
+        gaps.append(
+            "what the agent itself says (caller, configuration, time) is as good as the file system it runs from; "
+            f"{measured}"
+        )
     return gaps
 
 
-def show(result: EvidenceResult) -> None:
+def show(result: EvidenceResult, coverage: Coverage | None = None) -> None:
     """The verdict for people."""
     output.steps(result.steps)
     output.say()
@@ -115,13 +131,17 @@ def show(result: EvidenceResult) -> None:
             output.say("  name a trusted root (--ak-root), an AK you enrolled (--ak-name), or --allow-unendorsed")
         return
     output.say(output.coloured("ACCEPTED", "ok"))
+    rows: list[tuple[str, str]] = []
     if result.statement is not None:
         caller = result.statement.caller
         unit = caller["unit"] or caller["container"] or "no unit"
         who = f"uid {caller['uid']}, pid {caller['pid']}, {unit} (identified by {caller['identity_strength']})"
-        output.pairs([("caller", who), ("audience", result.statement.audience)])
+        rows += [("caller", who), ("audience", result.statement.audience)]
     if result.endorsement is not None:
-        output.pairs([("AK", result.endorsement.detail)])
+        rows.append(("AK", result.endorsement.detail))
+    if result.simulated:
+        rows.append(("simulated", "true"))
+    output.pairs(rows)
     output.say("  not proven:")
-    for gap in not_proven(result):
+    for gap in not_proven(result, coverage):
         output.say(f"    - {output.printable(gap)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import traceback
 from pathlib import Path
 
 import structlog
@@ -61,6 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     except AgentError as error:
         log.error("cannot serve", reason=error.slug, why=error.message)
         notifier.status(f"Failed: {error.message}")
+        return EXIT_FAILED
+    except Exception as error:  # noqa: BLE001 - its text may hold anything; its name and place are what helps
+        frames = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
+        log.critical("failed", error=type(error).__name__, frames=frames)
+        notifier.status(f"Failed: {type(error).__name__}, see the journal")
         return EXIT_FAILED
 
 

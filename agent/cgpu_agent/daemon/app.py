@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -33,9 +34,11 @@ from cgpu_agent.rpc.admission import DoorLimits
 from cgpu_agent.rpc.environment import self_check_environment
 from cgpu_agent.rpc.identify import Identifier
 from cgpu_agent.rpc.methods import admin_authorizer, public_authorizer
+from cgpu_agent.wire.bundle import MAX_CERTIFICATE
 
 _DRAIN_SECONDS = 5.0
 _STATUS_SECONDS = 1.0
+_PROBE_SECONDS = 5.0
 
 log = structlog.get_logger()
 
@@ -61,6 +64,7 @@ class App:
 
     def __init__(self, config: Config, config_path: Path | None, notifier: Notifier) -> None:
         self._config = config
+        self._started_with = config
         self._config_path = config_path
         self._notifier = notifier
         self._policy = Policy(config.grants)
@@ -80,6 +84,7 @@ class App:
             clock=SystemClock(),
             settings=self._settings(),
         )
+        self._core.certify(self._ak_certificate())
         limits = DoorLimits(max_connections=config.limits.connections, max_per_uid=config.limits.connections_per_uid)
         identifier = Identifier(self._capabilities)
         in_flight = InFlight(config.limits.calls_per_uid, config.limits.calls)
@@ -115,6 +120,18 @@ class App:
         )
         self._started = time.monotonic()
 
+    def _ak_certificate(self) -> bytes | None:
+        """The configured certificate of the platform AK; before enrolment there may be none yet."""
+        configured = self._started_with.tpm.ak_certificate
+        if configured == "nv":
+            return None
+        try:
+            with Path(configured).open("rb") as file:
+                return file.read(MAX_CERTIFICATE + 1)
+        except OSError as error:
+            log.warning("no AK certificate", file=configured, why=error.strerror)
+            return None
+
     def _boot_log_paths(self) -> list[Path]:
         paths = [Path(self._config.logs.boot)]
         credentials = os.environ.get("CREDENTIALS_DIRECTORY")
@@ -149,48 +166,46 @@ class App:
         Raises:
             AgentError: the daemon could not begin to serve.
         """
-        stop = asyncio.Event()
+        stop, reload = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
         # Before READY=1: a reload signal that arrives early must not kill.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        reloads: set[asyncio.Task[None]] = set()
-
-        def reload() -> None:
-            task = asyncio.create_task(self._reload())
-            reloads.add(task)
-            task.add_done_callback(reloads.discard)
-
-        loop.add_signal_handler(signal.SIGHUP, reload)
+        loop.add_signal_handler(signal.SIGHUP, reload.set)
         self._notifier.status("Starting")
         for server in self._servers:
             await server.start()
+        stopped = asyncio.create_task(stop.wait())
         establishing = asyncio.create_task(self._establish())
-        # Give the TPM a moment, so that "started" usually means "serving"; but a silent TPM is a state to show, not a
-        # reason to fail the start.
-        await asyncio.wait([establishing], timeout=self._config.tpm.request_seconds)
-        await self._show()
-        self._notifier.ready()
-        log.info("ready", version=__version__, socket=self._public.public_path)
-        ticking = asyncio.create_task(self._tick())
+        tasks = {stopped, establishing}
         try:
-            await stop.wait()
+            # Give the TPM a moment, so that "started" usually means "serving"; but a silent TPM is a state to show,
+            # not a reason to fail the start.
+            await asyncio.wait(tasks, timeout=self._config.tpm.request_seconds, return_when=asyncio.FIRST_COMPLETED)
+            await self._show()
+            self._notifier.ready()
+            log.info("ready", version=__version__, socket=self._public.public_path)
+            tasks |= {asyncio.create_task(work) for work in (self._tick(), self._probe(), self._reloads(reload))}
+            running: set[asyncio.Task[Any]] = tasks
+            while not stop.is_set():
+                ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended:
+                    task.result()  # one that failed ends the daemon, and systemd starts another
         finally:
-            await self._shut(establishing, ticking)
+            await self._shut(tasks)
 
     @property
     def _servers(self) -> tuple[Guarded, Guarded]:
         return self._public, self._admin
 
-    async def _shut(self, *tasks: asyncio.Task[None]) -> None:
+    async def _shut(self, tasks: set[asyncio.Task[Any]]) -> None:
         self._notifier.stopping()
         self._core.stop()
         self._notifier.status("Stopping: finishing running calls")
         log.info("stopping")
         for task in tasks:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.wait(tasks)
         await asyncio.gather(*(server.stop(_DRAIN_SECONDS) for server in self._servers))
         await asyncio.get_running_loop().run_in_executor(None, self._tpm.close)
 
@@ -218,13 +233,24 @@ class App:
             self._watchdog.feed(time.monotonic())
             await self._show()
 
+    async def _probe(self) -> None:
+        while True:
+            await asyncio.sleep(_PROBE_SECONDS)
+            if self._core.established:
+                with contextlib.suppress(AgentError):  # kept as the core's state
+                    await self._core.boot.probe()
+
     async def _show(self) -> None:
         """Make systemd's line and grpc.health tell the same truth."""
-        serving = self._core.state() in ("serving", "degraded")
-        await self._public.set_serving(serving)
+        await self._public.set_serving(self._core.ready())
         await self._admin.set_serving(True)
         line = status.line(self._core, self._servers, self._watchdog.stuck(time.monotonic()), self._reload_problem)
         self._notifier.status(line)
+
+    async def _reloads(self, asked: asyncio.Event) -> None:
+        while await asked.wait():
+            asked.clear()
+            await self._reload()
 
     async def _reload(self) -> None:
         """Read the configuration again; a bad file changes nothing but the status line."""
@@ -243,15 +269,19 @@ class App:
         fixed = [
             name
             for name in ("runtime_dir", "sockets", "tpm", "logs", "limits")
-            if getattr(fresh, name) != getattr(self._config, name)
+            if getattr(fresh, name) != getattr(self._started_with, name)
         ]
         self._reload_problem = f"restart to apply changes to {', '.join(fixed)}" if fixed else None
         changed = fresh.source != self._config.source
         journal.configure(fresh.log_level)
         self._config = fresh
         self._policy = Policy(fresh.grants)
+        self._core.certify(self._ak_certificate())
         if changed:
-            await self._core.reloaded(self._agent_digests())
+            try:
+                await self._core.reloaded(self._agent_digests())
+            except AgentError as error:
+                log.error("the reload was not measured", reason=error.slug, why=error.message)
         log.info("configuration reloaded", changed=changed, restart_for=fixed)
 
     def _status(self) -> status.pb.GetStatusResponse:
@@ -261,7 +291,7 @@ class App:
             self._watchdog.stuck(time.monotonic()),
             self._reload_problem,
             uptime=time.monotonic() - self._started,
-            register=self._config.tpm.register,
-            evidence_pcrs=self._config.tpm.evidence_pcrs,
+            register=self._started_with.tpm.register,
+            evidence_pcrs=self._started_with.tpm.evidence_pcrs,
             identity_strength=self._capabilities.identity_strength,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,11 +34,16 @@ class Sockets:
 
 @dataclass(frozen=True, slots=True)
 class TpmConfig:
-    """The vTPM. ``create_platform_ak``: what to make where no key is at ``platform_ak_handle``; "no" = refuse."""
+    """The vTPM.
+
+    ``create_platform_ak``: what to make where no key is at ``platform_ak_handle``; "no" = refuse. ``ak_certificate``: a
+    file (DER) that certifies that key, or "nv" for the certificate that the platform keeps in NV.
+    """
 
     device: str = "device:/dev/tpmrm0"
     platform_ak_handle: int = 0x81000003
     create_platform_ak: Literal["rsa", "ecc", "no"] = "rsa"
+    ak_certificate: str = "nv"
     register: int = 13
     evidence_pcrs: tuple[int, ...] = tuple(range(16))
     command_seconds: int = 10
@@ -114,6 +120,8 @@ def load(path: Path | None) -> Config:
         document = tomllib.loads(source.decode("utf-8"))
     except ValueError as error:  # TOML and UTF-8 errors; the file is the operator's own, so its text may be shown
         raise _bad(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise _bad(f"{path}: nested too deeply") from error
     return parse(document, source)
 
 
@@ -165,7 +173,7 @@ def _value(annotation: str, value: Any, name: str) -> Any:
             raise _bad(f"{name} must be text")
         return value
     if annotation.startswith("tuple"):
-        if not isinstance(value, list) or not all(isinstance(v, int) and 0 <= v <= 23 for v in value) or not value:
+        if not isinstance(value, list) or not value or not all(type(v) is int and 0 <= v <= 23 for v in value):
             raise _bad(f"{name} must be a list of PCR indices")
         return tuple(sorted(set(value)))
     allowed = get_args(LogLevel) if annotation == "LogLevel" else ("rsa", "ecc", "no")
@@ -195,6 +203,21 @@ def _grant(entry: Any, number: int) -> Grant:
 
 def _check(config: Config) -> None:
     tpm = config.tpm
+    if not re.fullmatch(r"(device|swtpm):/[^\0]*", tpm.device) or re.fullmatch(r"device:/dev/tpm\d+", tpm.device):
+        raise _bad("tpm.device must be device:/dev/tpmrm0 (not the raw /dev/tpm0) or swtpm:/path/of/socket")
+    paths = {
+        "runtime_dir": config.runtime_dir,
+        "sockets.api": config.sockets.api,
+        "sockets.admin": config.sockets.admin,
+        "logs.boot": config.logs.boot,
+        "logs.systemd": config.logs.systemd,
+        "tpm.ak_certificate": "/" if tpm.ak_certificate == "nv" else tpm.ak_certificate,
+    }
+    for name, path in paths.items():
+        if not path.startswith("/") or "\0" in path:
+            raise _bad(f"{name} must be an absolute path")
+    if config.sockets.api == config.sockets.admin:
+        raise _bad("sockets.api and sockets.admin must differ")
     if tpm.register in (16, 23) or tpm.register > 23:
         raise _bad("tpm.register must be a PCR that cannot be reset: 0-15 or 17-22, best 13")
     if tpm.register not in tpm.evidence_pcrs:

@@ -28,7 +28,7 @@ class Notifier:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             try:
-                sock.sendto("\n".join(lines).encode(), self._address)
+                sock.sendto("\n".join(lines).encode("utf-8", "replace"), self._address)
             except OSError:
                 return  # a manager that does not listen must not stop the service
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -11,7 +12,7 @@ from cgpu_agent.backends.base import AkAlgorithm, Clock, MeasurementLogs, Tpm
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.boot import MeasuredBoot
 from cgpu_agent.domain.evidence import Evidence
-from cgpu_agent.domain.keys import Keys, establish
+from cgpu_agent.domain.keys import Keys, establish, with_certificate
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import AgentError, DeviceFault, Unavailable
 
@@ -73,6 +74,9 @@ class Core:
     _failure: AgentError | None = None
     _stopping: bool = False
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _tried: asyncio.Event = field(default_factory=asyncio.Event)
+    _certificate: bytes | None = None
+    _unfit_certificate: AgentError | None = None
 
     @property
     def boot(self) -> MeasuredBoot:
@@ -87,6 +91,16 @@ class Core:
         if self._evidence is None:
             raise self._not_ready()
         return self._evidence
+
+    async def started(self) -> None:
+        """Wait for the first attempt to reach the TPM: who calls during the start should not be told to come back.
+
+        The wait ends after ``request_seconds``, and then for everybody: a silent TPM is no reason to keep silent.
+        """
+        if not self._tried.is_set():
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._tried.wait(), self.settings.request_seconds)
+            self._tried.set()
 
     @property
     def keys(self) -> Keys | None:
@@ -130,12 +144,15 @@ class Core:
                 await boot.measure_agent({"event": "agent-start", **agent})
             except AgentError as error:
                 self._failure = error
+                self._tried.set()
                 raise
             self._failure = None
             self._evidence = Evidence(
                 boot, self.clock, boot_id=settings.boot_id, agent=agent, pcrs=settings.evidence_pcrs
             )
             self._boot = boot
+            self.certify(self._certificate)
+            self._tried.set()
             if self.settings.agent != agent:  # reloaded meanwhile
                 await self.reloaded(self.settings.agent)
 
@@ -152,6 +169,20 @@ class Core:
             await self._boot.measure_agent({"event": "agent-reload", **agent})
         finally:
             self._evidence.agent = dict(agent)
+
+    def certify(self, certificate: bytes | None) -> None:
+        """Use this certificate of the platform AK (DER) instead of the one in NV; ``None`` changes nothing.
+
+        One that does not fit endorses nothing and would spoil all evidence: it is not used, and is a problem to show.
+        """
+        self._certificate = certificate or self._certificate
+        if self._boot is None or self._certificate is None:
+            return
+        try:
+            self._boot.keys = with_certificate(self._boot.keys, self._certificate)
+            self._unfit_certificate = None
+        except AgentError as error:
+            self._unfit_certificate = error
 
     def stop(self) -> None:
         self._stopping = True
@@ -190,12 +221,20 @@ class Core:
                     "check /sys/kernel/security/tpm0/binary_bios_measurements and the unit's LoadCredential=",
                 )
             )
+        if self._unfit_certificate is not None:
+            found.append(
+                Problem(
+                    self._unfit_certificate.slug,
+                    f"tpm.ak_certificate is not used: {self._unfit_certificate.message}",
+                    "enrol this VM's AK (cgpuctl ak enrol), then reload the agent",
+                )
+            )
         if self._boot.keys.platform_ak_certificate is None:
             found.append(
                 Problem(
                     "UNENDORSED",
                     "no certificate for the platform AK: relying parties must know this TPM's AK by other means",
-                    "have the AK certified, or give relying parties its Name (cgpuctl status) to pin",
+                    "have the AK certified (cgpuctl ak enrol), or give relying parties its Name (cgpuctl status) to pin",
                 )
             )
         if self.settings.identity_strength != "pidfd":

@@ -179,7 +179,7 @@ class Evidence:
         if systemd_log is None:
             missing.append(("systemd-log", "no tpm2-measure.log (systemd before 255, or nothing measured)"))
         if self._boot.keys.platform_ak_certificate is None:
-            missing.append(("platform-ak-certificate", "no certificate in NV"))
+            missing.append(("platform-ak-certificate", "no certificate in NV, none configured"))
         return Manifest(
             root=tree.root,
             tree_size=tree.size,

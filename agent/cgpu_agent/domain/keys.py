@@ -8,15 +8,17 @@ nobody else can have words signed as the agent's, and a second "agent" in the sa
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cgpu_agent.backends.base import AkAlgorithm, KeyBlob, LoadedKey, Signed, TpmCommands, TpmInfo
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import HostileInput, Unavailable
+from cgpu_agent.verifier.certificate import load_certificate
+from cgpu_agent.verifier.keys import certificate_key, load_attestation_key, same_key
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.bundle import agent_ak_qualifying_data
-from cgpu_agent.wire.der import trim
+from cgpu_agent.wire.der import trim_der
 from cgpu_agent.wire.strictjson import Fields, b64
 from cgpu_agent.wire.tpm import Certified, ClockInfo, parse_attest, parse_public
 
@@ -107,7 +109,7 @@ def _certificate(tpm: TpmCommands, index: int) -> bytes | None:
     if not raw:
         return None
     try:
-        return trim(raw)
+        return trim_der(raw)
     except HostileInput:
         return None  # an index that holds no certificate endorses nothing; the verifier says "none"
 
@@ -187,6 +189,17 @@ def establish(
         clock=clock,
         tpm=tpm.info(),
     )
+
+
+def with_certificate(keys: Keys, certificate: bytes) -> Keys:
+    """The same keys with another certificate of the platform AK (DER).
+
+    Raises ``HostileInput``: ``AK_CERTIFICATE_MISMATCH`` (it is another key's), and what ``load_certificate`` raises.
+    """
+    found = load_certificate(certificate)
+    if not same_key(certificate_key(found), load_attestation_key(keys.platform_ak).key):
+        raise HostileInput("AK_CERTIFICATE_MISMATCH", "the configured AK certificate is for another key than the AK")
+    return replace(keys, platform_ak_certificate=certificate)
 
 
 def first_record(agent_ak_name: bytes) -> bytes:

@@ -28,4 +28,5 @@ class EvidenceService(evidence_pb2_grpc.EvidenceServicer):
             user_data=request.user_data if binding == "user_data" else None,
             public_key=request.public_key if binding == "public_key" else None,
         )
+        await self._core.started()
         return evidence_pb2.GetEvidenceResponse(bundle=await self._core.evidence.get(current_caller(), asked))

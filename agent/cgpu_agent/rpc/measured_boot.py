@@ -6,7 +6,7 @@ from typing import Any
 
 from cgpu_agent.api.v1 import common_pb2, measured_boot_pb2, measured_boot_pb2_grpc
 from cgpu_agent.backends.base import AkAlgorithm, Signed
-from cgpu_agent.domain.boot import BootQuote
+from cgpu_agent.domain.boot import MeasuredBoot
 from cgpu_agent.domain.core import Core
 from cgpu_agent.errors import Misuse, Unavailable
 from cgpu_agent.rpc.interceptor import current_caller
@@ -30,8 +30,12 @@ class MeasuredBootService(measured_boot_pb2_grpc.MeasuredBootServicer):
     def __init__(self, core: Core) -> None:
         self._core = core
 
+    async def _boot(self) -> MeasuredBoot:
+        await self._core.started()
+        return self._core.boot
+
     async def GetIdentity(self, request: pb.GetIdentityRequest, context: Any) -> pb.GetIdentityResponse:
-        boot = self._core.boot
+        boot = await self._boot()
         rsa, ecc = await boot.ek_publics()
         keys = boot.keys
         return pb.GetIdentityResponse(
@@ -48,21 +52,23 @@ class MeasuredBootService(measured_boot_pb2_grpc.MeasuredBootServicer):
         )
 
     async def GetQuote(self, request: pb.GetQuoteRequest, context: Any) -> pb.GetQuoteResponse:
-        caller = current_caller()
-        found = await self._core.boot.quote(caller, request.nonce, _pcrs(request.pcrs))
+        boot, caller = await self._boot(), current_caller()
+        found = await boot.quote(caller, request.nonce, _pcrs(request.pcrs))
         return pb.GetQuoteResponse(
             quote=_signed(found.quote), caller_claims=caller.claims_bytes(), pcrs=_bank(found.pcrs)
         )
 
     async def GetRawQuote(self, request: pb.GetRawQuoteRequest, context: Any) -> pb.GetRawQuoteResponse:
-        found: BootQuote = await self._core.boot.raw_quote(current_caller(), request.nonce, _pcrs(request.pcrs))
+        boot = await self._boot()
+        found = await boot.raw_quote(current_caller(), request.nonce, _pcrs(request.pcrs))
         return pb.GetRawQuoteResponse(quote=_signed(found.quote), pcrs=_bank(found.pcrs))
 
     async def ReadPcrs(self, request: pb.ReadPcrsRequest, context: Any) -> pb.ReadPcrsResponse:
-        return pb.ReadPcrsResponse(pcrs=_bank(await self._core.boot.read_pcrs(current_caller(), _pcrs(request.pcrs))))
+        boot = await self._boot()
+        return pb.ReadPcrsResponse(pcrs=_bank(await boot.read_pcrs(current_caller(), _pcrs(request.pcrs))))
 
     async def GetEventLog(self, request: pb.GetEventLogRequest, context: Any) -> pb.GetEventLogResponse:
-        boot = self._core.boot
+        boot = await self._boot()
         if request.kind == pb.EVENT_LOG_KIND_BOOT:
             log = boot.logs.boot()
         elif request.kind == pb.EVENT_LOG_KIND_SYSTEMD:
@@ -76,7 +82,7 @@ class MeasuredBootService(measured_boot_pb2_grpc.MeasuredBootServicer):
         return pb.GetEventLogResponse(log=log)
 
     async def MeasureEvent(self, request: pb.MeasureEventRequest, context: Any) -> pb.MeasureEventResponse:
-        boot = self._core.boot
+        boot = await self._boot()
         sequence, digest = await boot.measure_event(current_caller(), request.content)
         return pb.MeasureEventResponse(sequence=sequence, digest=digest, pcr=boot.log.register)
 
@@ -88,9 +94,8 @@ class MeasuredBootService(measured_boot_pb2_grpc.MeasuredBootServicer):
         ek = _EK_KINDS.get(request.ek)
         if ek is None:
             raise Misuse("BAD_CREDENTIAL", "name the EK: RSA or ECC")
-        secret = await self._core.boot.activate_credential(
-            current_caller(), ek, request.credential_blob, request.secret
-        )
+        boot = await self._boot()
+        secret = await boot.activate_credential(current_caller(), ek, request.credential_blob, request.secret)
         return pb.ActivateCredentialResponse(certinfo=secret)
 
 

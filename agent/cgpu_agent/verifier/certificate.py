@@ -15,8 +15,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from cgpu_agent.errors import HostileInput
-from cgpu_agent.verifier.der import is_pem, pem_blocks, trim_der
+from cgpu_agent.verifier import ekclass
 from cgpu_agent.verifier.keys import certificate_from_der, certificate_key
+from cgpu_agent.wire.der import is_pem, pem_blocks, trim_der
 from cgpu_agent.wire.text import printable
 
 _SOUND_HASHES: Final = frozenset({"sha256", "sha384", "sha512"})
@@ -30,8 +31,8 @@ _CA_EXTENSIONS: Final = frozenset(
     }
 )
 # The alternative name holds a TPM's maker, model and version, and is critical where the subject is empty. Nobody here
-# decides by it.
-_LEAF_EXTENSIONS: Final = _CA_EXTENSIONS | {ExtensionOID.SUBJECT_ALTERNATIVE_NAME}
+# decides by it. The EK class is for ``endorsement`` to repeat.
+_LEAF_EXTENSIONS: Final = _CA_EXTENSIONS | {ExtensionOID.SUBJECT_ALTERNATIVE_NAME, ekclass.OID}
 
 E = TypeVar("E", bound=x509.ExtensionType)
 

@@ -56,6 +56,7 @@ class RelyingParty:
         nonce: the challenge it sent.
         at: the moment of judgement, with a time zone; certificates must be valid then.
         roots: trust anchors for AK certificates.
+        simulated_roots: roots of simulators: what they certify is judged like the rest, and marked ``simulated``.
         intermediates: CA certificates that a bundle does not carry.
         pinned_names: AK Names it enrolled itself.
         allow_unendorsed: go on although nobody vouches for the AK; the verdict still says so.
@@ -78,6 +79,7 @@ class RelyingParty:
     register: int = AGENT_REGISTER
     user_data: bytes | None = None
     public_key: bytes | None = None
+    simulated_roots: Sequence[x509.Certificate] = ()
 
     def __post_init__(self) -> None:
         """Raises ``Misuse`` (``BAD_REGISTER``)."""
@@ -241,6 +243,7 @@ def _judge_endorsement(case: Case) -> str | Skip:
         roots=party.roots,
         pinned_names=party.pinned_names,
         at=party.at,
+        simulated_roots=party.simulated_roots,
     )
     if case.endorsement.kind != "none":
         return case.endorsement.detail
@@ -371,6 +374,11 @@ class EvidenceResult:
     def refusal(self) -> Step | None:
         """The step that refused."""
         return next((step for step in self.steps if step.outcome.value == "refuse"), None)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether a simulator's root vouches for the platform AK: its owner may have made up what it says."""
+        return self.endorsement is not None and self.endorsement.simulated
 
 
 def verify_evidence(data: bytes, party: RelyingParty) -> EvidenceResult:

@@ -28,7 +28,8 @@ def to_json(log: EventLog, bank: str | None = None) -> dict[str, object]:
     Keys: ``kind``, ``format``, ``spec`` (or null), ``banks``, ``unreplayed_banks`` (announced, but an event lacks
     them or they cannot be computed), ``padding`` (bytes), ``startup_locality``, ``pcrs`` (``pcrs.<bank>.<index>``;
     the index is MrIndex for a CCEL), ``rtmrs`` (CCEL only: the same by RTMR number), ``story_bank``,
-    ``secure_boot``, ``stages``, ``events``. ``secure_boot`` and ``stages`` are null where no bank can be computed.
+    ``secure_boot`` (its state), ``secure_boot_detail``, ``stages``, ``events``. Where no bank can be computed,
+    ``secure_boot`` is ``unknown``, and the detail and the stages are null.
 
     Args:
         bank: whose digests the story rests on; ``best_bank(log)`` by default.
@@ -51,7 +52,8 @@ def to_json(log: EventLog, bank: str | None = None) -> dict[str, object]:
         "startup_locality": startup_locality(log),
         "pcrs": pcrs,
         "story_bank": chosen,
-        "secure_boot": None if story is None else secure_boot_json(story.secure_boot),
+        "secure_boot": "unknown" if story is None else story.secure_boot.state,
+        "secure_boot_detail": None if story is None else secure_boot_json(story.secure_boot),
         "stages": None if story is None else story_json(story),
         "events": [_event(event, chosen) for event in log.events],
     }

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey, RSAPubli
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
 from cgpu_agent.errors import HostileInput
-from cgpu_agent.verifier.der import is_pem, pem_blocks, trim_der
+from cgpu_agent.wire.der import is_pem, pem_blocks, trim_der
 from cgpu_agent.wire.tpm import ObjectAttributes, Public, RsaKey, parse_public_any
 
 PublicKey = RSAPublicKey | EllipticCurvePublicKey

@@ -223,8 +223,8 @@ def test_refuses_a_story_from_a_bank_that_the_log_has_not_got(uki: EventLog) -> 
 def test_writes_json_with_every_register_and_event(uki: EventLog) -> None:
     found = json.loads(json.dumps(to_json(uki)))
     assert found["pcrs"]["sha256"]["0"].startswith("3e3b7798")
-    assert found["secure_boot"]["state"] == "enabled"
-    assert found["secure_boot"]["db"]["certificates"][0]["subject"] == "CN=cgpu test db"
+    assert found["secure_boot"] == found["secure_boot_detail"]["state"] == "enabled"
+    assert found["secure_boot_detail"]["db"]["certificates"][0]["subject"] == "CN=cgpu test db"
     assert len(found["events"]) == 37
     assert found["events"][4]["proof"] == "data"
     assert found["events"][24]["proof"] is None
@@ -244,5 +244,5 @@ def test_json_of_a_log_that_cannot_be_computed_says_so() -> None:
     log = parse(data)
     assert best_bank(log) is None
     found = to_json(log)
-    assert (found["secure_boot"], found["stages"]) == (None, None)
+    assert (found["secure_boot"], found["secure_boot_detail"], found["stages"]) == ("unknown", None, None)
     assert found["unreplayed_banks"] == ["alg-0x0012"]

@@ -10,7 +10,7 @@ import pytest
 from cgpu_agent.errors import AgentError, HostileInput, Misuse
 from cgpu_agent.verifier.certificate import AK, EK, Purpose, load_certificate, load_certificates
 from cgpu_agent.verifier.chain import MAX_CERTIFICATES, MAX_SIGNATURES, CertificatePath, verify_chain
-from cgpu_agent.verifier.der import MAX_DER, MAX_PEM_BLOCKS, pem_blocks, trim_der
+from cgpu_agent.wire.der import MAX_PEM_BLOCKS
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -345,40 +345,3 @@ class TestLoad:
         with pytest.raises(HostileInput) as caught:
             load_certificate(data)
         assert caught.value.slug == slug
-
-
-class TestTrim:
-    @pytest.mark.parametrize(
-        "value",
-        [b"\x30\x00", b"\x30\x7f" + bytes(127), b"\x30\x81\x80" + bytes(128), b"\x30\x82\x01\x00" + bytes(256)],
-    )
-    def test_cuts_zeros_and_only_zeros(self, value: bytes) -> None:
-        assert trim_der(value) == trim_der(value + bytes(500)) == value
-        with pytest.raises(HostileInput) as caught:
-            trim_der(value + bytes(499) + b"\1")
-        assert caught.value.slug == "TRAILING_BYTES"
-
-    @pytest.mark.parametrize(
-        ("value", "slug"),
-        [
-            (b"\x30", "TRUNCATED"),
-            (b"\x30\x82\x01", "TRUNCATED"),
-            (b"\x31\x00", "BAD_DER"),
-            (b"\x30\x80\x00\x00", "BAD_DER"),
-            (b"\x30\x81\x7f" + bytes(127), "BAD_DER"),
-            (b"\x30\x82\x00\x80" + bytes(128), "BAD_DER"),
-            (b"\x30\x84\x00\x00\x01\x00" + bytes(256), "BAD_DER"),
-            (b"\x30\x83\xff\xff\xff", "TOO_LARGE"),
-            (b"\x30\x82" + (MAX_DER - 3).to_bytes(2, "big") + bytes(MAX_DER), "TOO_LARGE"),
-        ],
-    )
-    def test_refuses_lengths_that_der_does_not_have(self, value: bytes, slug: str) -> None:
-        with pytest.raises(HostileInput) as caught:
-            trim_der(value)
-        assert caught.value.slug == slug
-
-    def test_pem_needs_a_block(self) -> None:
-        for data in (b"", b" \n", b"-----BEGIN X-----\n-----END X-----"):
-            with pytest.raises(HostileInput) as caught:
-                pem_blocks(data)
-            assert caught.value.slug == "BAD_PEM"

@@ -1,0 +1,237 @@
+"""Every key of the configuration file is taken or refused by name; whatever the file holds, nothing else happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cgpu_agent.daemon.config import MAX_FILE, Config, load, parse
+from cgpu_agent.domain.policy import Action, Grant
+from cgpu_agent.errors import Misuse
+from hypothesis import given
+from hypothesis import strategies as st
+
+EVERYTHING: dict[str, Any] = {
+    "log_level": "debug",
+    "runtime_dir": "/run/x/private",
+    "sockets": {"api": "/run/x/a.sock", "admin": "/run/x/b.sock"},
+    "tpm": {
+        "device": "swtpm:/run/x/tpm",
+        "platform_ak_handle": 0x81010001,
+        "create_platform_ak": "no",
+        "register": 12,
+        "evidence_pcrs": [12, 0, 7, 7],
+        "command_seconds": 3,
+        "request_seconds": 9,
+    },
+    "logs": {"boot": "/run/x/boot", "systemd": "/run/x/systemd"},
+    "limits": {"connections": 1, "connections_per_uid": 2, "calls": 3, "calls_per_uid": 4},
+    "grant": [
+        {"action": "boot.measure", "uid": 0},
+        {"action": "boot.raw_quote", "unit": "x.service", "uid": 7},
+    ],
+}
+
+
+def refusal(document: dict[str, Any]) -> str:
+    with pytest.raises(Misuse) as caught:
+        parse(document)
+    assert caught.value.slug == "BAD_CONFIG"
+    return caught.value.message
+
+
+def with_value(table: str, key: str, value: object) -> dict[str, Any]:
+    return {table: {key: value}} if table else {key: value}
+
+
+def test_every_key_is_taken() -> None:
+    config = parse(EVERYTHING)
+    tables = {"sockets", "tpm", "logs", "limits"}
+    for field in dataclasses.fields(Config):
+        if field.name in tables:
+            for inner in dataclasses.fields(getattr(config, field.name)):
+                wanted = EVERYTHING[field.name][inner.name]
+                found = getattr(getattr(config, field.name), inner.name)
+                assert found == ((0, 7, 12) if inner.name == "evidence_pcrs" else wanted)
+    assert (config.log_level, config.runtime_dir) == ("debug", "/run/x/private")
+    assert config.grants == (
+        Grant(Action.MEASURE, uid=0),
+        Grant(Action.RAW_QUOTE, uid=7, unit="x.service"),
+    )
+    assert config.create_platform_ak is None
+
+
+def test_example_names_every_key_there_is() -> None:
+    known = {field.name for field in dataclasses.fields(Config)} - {"source", "grants"} | {"grant"}
+    assert EVERYTHING.keys() == known
+
+
+def test_defaults_are_good_and_the_example_file_holds_them() -> None:
+    assert parse({}) == Config() == load(None)
+    example = Path(__file__).resolve().parents[3] / "systemd" / "config.toml"
+    assert dataclasses.replace(load(example), source=b"") == Config()
+    uncommented = "\n".join(
+        line[1:] for line in example.read_text().splitlines() if line.startswith("#") and line[1:2] not in (" ", "")
+    )
+    assert "platform_ak_handle" in uncommented
+
+
+@pytest.mark.parametrize("key", ["", "loglevel", "grants", "source", "tpm2", "a\nb"])
+def test_unknown_key_is_named(key: str) -> None:
+    assert repr(key) in refusal({key: 1})
+
+
+@pytest.mark.parametrize("table", ["sockets", "tpm", "logs", "limits"])
+def test_unknown_key_of_a_table_is_named_with_its_table(table: str) -> None:
+    assert f"{table}.nonsense" in refusal({table: {"nonsense": 1}})
+    assert f"{table} must be a table" in refusal({table: 1})
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "values"),
+    [
+        ("", "log_level", ["loud", 1, [], {}, "INFO"]),
+        ("", "runtime_dir", ["", 1, "relative", "/nul\0", [], True]),
+        ("sockets", "api", ["", "agent.sock", 3, "/a\0b"]),
+        ("sockets", "admin", ["", "agent.sock", 3.5]),
+        ("tpm", "device", ["", "/dev/tpmrm0", "device:/dev/tpm0", "device:tpmrm0", "tcp:host", 1, "swtpm:/a\0"]),
+        ("tpm", "platform_ak_handle", [0x80000000, 0x82000000, -1, 1 << 40, "0x81000003", True, 1.0]),
+        ("tpm", "create_platform_ak", ["", "yes", True, ["rsa"]]),
+        ("tpm", "register", [16, 23, 24, -1, True, "13", [13]]),
+        ("tpm", "evidence_pcrs", [[], [24], [-1], [True], ["0"], 13, "0-15", [[0]], list(range(13))]),
+        ("tpm", "command_seconds", [0, -1, "1", 31, 0.5]),
+        ("tpm", "request_seconds", [0, 9, True]),
+        ("logs", "boot", ["", "log", 1]),
+        ("logs", "systemd", ["", "log", None]),
+        ("limits", "connections", [0, -1, True, 1 << 32]),
+        ("limits", "connections_per_uid", [0, "64"]),
+        ("limits", "calls", [0, 1.5]),
+        ("limits", "calls_per_uid", [0, []]),
+    ],
+)
+def test_bad_value_is_refused_and_its_key_named(table: str, key: str, values: list[object]) -> None:
+    for value in values:
+        message = refusal(with_value(table, key, value))
+        assert key in message or f"{table} must be at least 1" in message, (value, message)
+
+
+def test_sockets_of_workloads_and_operators_must_differ() -> None:
+    assert "differ" in refusal({"sockets": {"api": "/run/a", "admin": "/run/a"}})
+
+
+@pytest.mark.parametrize(
+    "grant",
+    [
+        {},
+        {"action": "boot.measure"},
+        {"action": "boot.nonsense", "uid": 1},
+        {"action": ["boot.measure"], "uid": 1},
+        {"action": {}, "uid": 1},
+        {"uid": 1},
+        {"action": "boot.measure", "uid": -1},
+        {"action": "boot.measure", "uid": "1"},
+        {"action": "boot.measure", "uid": True},
+        {"action": "boot.measure", "unit": ""},
+        {"action": "boot.measure", "unit": 5},
+        {"action": "boot.measure", "uid": 1, "user": "x"},
+        "boot.measure",
+        None,
+    ],
+)
+def test_grant_that_is_not_wholly_clear_is_refused(grant: object) -> None:
+    assert "grant[1]" in refusal({"grant": [{"action": "boot.measure", "uid": 1}, grant]})
+
+
+def test_grants_must_be_a_list_of_tables() -> None:
+    assert "[[grant]]" in refusal({"grant": {"action": "boot.measure", "uid": 1}})
+
+
+def test_file_is_read_whole_and_its_digest_is_of_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("# a comment\nlog_level = 'error'\n")
+    config = load(path)
+    assert config.log_level == "error"
+    assert config.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert Config().digest == hashlib.sha256(b"").hexdigest()
+
+
+def test_policy_digest_is_of_the_grants_alone() -> None:
+    grant = {"action": "boot.measure", "uid": 1}
+    granted = parse({"grant": [grant]}).policy_digest
+    assert granted != parse({}).policy_digest
+    assert granted == parse({"grant": [grant], "log_level": "error"}, b"other bytes").policy_digest
+    assert granted != parse({"grant": [grant | {"unit": "1"}]}).policy_digest
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe",
+        b"log_level = ",
+        b"a = 1\na = 2\n",
+        b"[tpm]\n[tpm]\n",
+        b"x = " + b"[" * 100_000,
+        b"x = " + b"9" * 10_000,
+        b"#" * (MAX_FILE + 1),
+        "log_level = 'info' \u0000".encode(),
+    ],
+)
+def test_file_that_is_no_good_toml_is_refused_with_its_path(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    with pytest.raises(Misuse) as caught:
+        load(path)
+    assert caught.value.slug == "BAD_CONFIG"
+    assert str(path) in caught.value.message
+
+
+def test_file_that_cannot_be_read_is_refused_with_its_path(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(Misuse, match=str(path)):
+            load(path)
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.dates()
+    | st.sampled_from(["rsa", "info", "boot.measure", "/run/x", "swtpm:/x", 13, 0x81000003])
+)
+KEYS = st.text(max_size=8) | st.sampled_from(
+    [
+        *EVERYTHING,
+        *EVERYTHING["tpm"],
+        *EVERYTHING["limits"],
+        "api",
+        "admin",
+        "boot",
+        "systemd",
+        "action",
+        "uid",
+        "unit",
+    ]
+)
+DOCUMENTS = st.dictionaries(
+    KEYS,
+    st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4)),
+    max_size=5,
+)
+
+
+@given(DOCUMENTS)
+def test_whatever_a_document_holds_it_is_taken_or_refused(document: dict[str, Any]) -> None:
+    before = repr(document)
+    try:
+        config = parse(document)
+    except Misuse as error:
+        assert error.slug == "BAD_CONFIG"  # noqa: PT017 - either outcome is good
+    else:
+        assert config.tpm.register in config.tpm.evidence_pcrs
+        assert all(grant.uid is not None or grant.unit is not None for grant in config.grants)
+    assert repr(document) == before
