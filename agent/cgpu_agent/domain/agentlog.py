@@ -14,7 +14,8 @@ from cgpu_agent.wire import cel, strictjson
 from cgpu_agent.wire.strictjson import Fields
 from cgpu_agent.wire.tpm import PcrSelection, extend
 
-_LOG, _BASE, _INTENT = "agent-log", "agent-log-base", "agent-log-intent"
+_LOG, _INTENT = "agent-log", "agent-log-intent"
+_INITIAL = bytes(32)  # of a PCR that nobody extended (TPM 2.0 Part 1, 17.1)
 
 MAX_CALLER_RECORDS = 256
 MAX_CALLER_RECORDS_EACH = 16
@@ -34,7 +35,7 @@ class AgentLog:
         self.register = register
         self.data = b""
         self._records: list[cel.Record] = []
-        self._value: bytes | None = None
+        self._value = _INITIAL
         self._settled = True
 
     @property
@@ -46,21 +47,17 @@ class AgentLog:
 
         Raises:
             Unavailable: ``AGENT_LOG_DIVERGED`` when the register holds something that the log does not explain:
-                somebody else extended it, or the log was edited. Only a reboot mends that.
+                somebody else extended it, or the log was edited; only a reboot mends that. ``REGISTER_IN_USE`` when
+                that was so before the agent's first record: a verifier wants that record to be the very first.
             DeviceFault: from the TPM.
         """
         actual = self._read(tpm)
-        base = self._store.read(_BASE)
-        if base is None:
-            self._store.write(_BASE, actual)
-            self._store.remove(_INTENT)
-            base = actual
         data = self._whole_records(self._store.read(_LOG) or b"")
         try:
             records = list(cel.parse_agent_log(data))
         except HostileInput as error:
             raise self._diverged() from error
-        value = base
+        value = _INITIAL
         for record in records:
             value = extend("sha256", value, record.digest)
         self.data, self._records, self._value = data, records, value
@@ -86,12 +83,13 @@ class AgentLog:
         intent = self._store.read(_INTENT)
         if intent is not None:
             record = self._parse_intent(intent)
-            extended = extend("sha256", self._value or b"", record.digest)
+            extended = extend("sha256", self._value, record.digest)
             if actual == extended and record.sequence == len(self._records):
                 self._commit(record)
             self._store.remove(_INTENT)
         if actual != self._value:
-            raise self._diverged()
+            began = intent is not None or self._store.read(_LOG) is not None
+            raise self._diverged() if began else self._in_use()
         self._settled = True
 
     def _parse_intent(self, data: bytes) -> cel.Record:
@@ -113,6 +111,12 @@ class AgentLog:
         return Unavailable(
             "AGENT_LOG_DIVERGED",
             f"PCR {self.register} holds what the agent log does not explain; evidence is refused until reboot",
+        )
+
+    def _in_use(self) -> Unavailable:
+        return Unavailable(
+            "REGISTER_IN_USE",
+            f"PCR {self.register} was extended by somebody else before the agent first started in this boot",
         )
 
     def _read(self, tpm: TpmCommands) -> bytes:
@@ -146,7 +150,7 @@ class AgentLog:
         self._store.append(_LOG, encoded, at=len(self.data))
         self.data += encoded
         self._records.append(record)
-        self._value = extend("sha256", self._value or b"", record.digest)
+        self._value = extend("sha256", self._value, record.digest)
 
     def check(self, pcrs: dict[int, bytes]) -> None:
         """Refuse (``AGENT_LOG_DIVERGED``) when a quoted register is not what the log leads to."""

@@ -13,6 +13,7 @@ from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.boot import MeasuredBoot
 from cgpu_agent.domain.evidence import Evidence
 from cgpu_agent.domain.keys import Keys, establish, with_certificate
+from cgpu_agent.domain.policy import Facts
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import AgentError, DeviceFault, Unavailable
 
@@ -49,6 +50,7 @@ REMEDIES: Mapping[str, str] = {
     "TPM_IO": "see that /dev/tpmrm0 exists and that the agent's user is in its group (cgpuctl doctor)",
     "TPM_TIMEOUT": "the TPM does not answer in time; see the kernel log for tpm messages",
     "TPM_RESET_DETECTED": "reboot the VM",
+    "REGISTER_IN_USE": "set tpm.register to a PCR that nobody extends (10-15), or find out who is in group tss",
     "AGENT_LOG_DIVERGED": "find out what else extends the agent register (who is in group tss?), then reboot",
     "AGENT_AK": "the agent's runtime directory was emptied while the system ran; reboot the VM",
     "NO_PLATFORM_AK": "set tpm.platform_ak_handle, or let the agent make a key with tpm.create_platform_ak",
@@ -234,7 +236,7 @@ class Core:
                 Problem(
                     "UNENDORSED",
                     "no certificate for the platform AK: relying parties must know this TPM's AK by other means",
-                    "have the AK certified (cgpuctl ak enrol), or give relying parties its Name (cgpuctl status) to pin",
+                    "have the AK certified (cgpuctl ak enrol), or have its Name pinned (cgpuctl status shows it)",
                 )
             )
         if self.settings.identity_strength != "pidfd":
@@ -246,6 +248,16 @@ class Core:
                 )
             )
         return found
+
+    def facts(self) -> Facts:
+        """What policy may ask about the machine."""
+        found = {problem.reason for problem in self.problems()}
+        known = self._boot is not None
+        return Facts(
+            state=self.state(),
+            endorsed=known and "UNENDORSED" not in found,
+            boot_log=known and not found & {"NO_BOOT_LOG", "LOG_TOO_LARGE"},
+        )
 
     def line(self) -> str:
         """The state in one line, without the daemon's own numbers."""

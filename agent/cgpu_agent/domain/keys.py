@@ -10,6 +10,8 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, replace
 
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from cgpu_agent.backends.base import AkAlgorithm, KeyBlob, LoadedKey, Signed, TpmCommands, TpmInfo
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.store import Store
@@ -17,7 +19,7 @@ from cgpu_agent.errors import HostileInput, Unavailable
 from cgpu_agent.verifier.certificate import load_certificate
 from cgpu_agent.verifier.keys import certificate_key, load_attestation_key, same_key
 from cgpu_agent.wire import strictjson
-from cgpu_agent.wire.bundle import agent_ak_qualifying_data
+from cgpu_agent.wire.bundle import MAX_CERTIFICATE, agent_ak_qualifying_data
 from cgpu_agent.wire.der import trim_der
 from cgpu_agent.wire.strictjson import Fields, b64
 from cgpu_agent.wire.tpm import Certified, ClockInfo, parse_attest, parse_public
@@ -159,7 +161,7 @@ def establish(
     state = _saved(store)
     if state is not None and state.boot_id != boot_id:
         state = None
-        for stale in ("agent-log", "agent-log-base", "agent-log-intent", _STATE):
+        for stale in ("agent-log", "agent-log-intent", _STATE):
             store.remove(stale)
     counters = (clock.reset_count, clock.restart_count)
     if state is not None and (state.reset_count, state.restart_count) != counters:
@@ -192,14 +194,18 @@ def establish(
 
 
 def with_certificate(keys: Keys, certificate: bytes) -> Keys:
-    """The same keys with another certificate of the platform AK (DER).
+    """The same keys with another certificate of the platform AK (DER or PEM).
 
-    Raises ``HostileInput``: ``AK_CERTIFICATE_MISMATCH`` (it is another key's), and what ``load_certificate`` raises.
+    Raises ``HostileInput``: ``AK_CERTIFICATE_MISMATCH`` (it is another key's), ``TOO_LARGE`` (for a bundle), and what
+    ``load_certificate`` raises.
     """
     found = load_certificate(certificate)
     if not same_key(certificate_key(found), load_attestation_key(keys.platform_ak).key):
         raise HostileInput("AK_CERTIFICATE_MISMATCH", "the configured AK certificate is for another key than the AK")
-    return replace(keys, platform_ak_certificate=certificate)
+    der = found.public_bytes(Encoding.DER)
+    if len(der) > MAX_CERTIFICATE:
+        raise HostileInput("TOO_LARGE", f"the configured AK certificate has more than {MAX_CERTIFICATE} bytes")
+    return replace(keys, platform_ak_certificate=der)
 
 
 def first_record(agent_ak_name: bytes) -> bytes:

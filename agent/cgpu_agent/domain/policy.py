@@ -1,16 +1,26 @@
-"""Who may do what: a few actions are open to every identified caller, the rest are denied unless granted by name."""
+"""Who may do what: asks the Cedar policy about a caller, in the words of ``cedar/agent.cedarschema``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
+from typing import Any, Final
 
+from cgpu_agent.cedar.engine import Decision, Entity, Policies
+from cgpu_agent.cedar.files import agent_schema, default_policy
 from cgpu_agent.domain.caller import Caller
+
+__all__ = ["OPEN", "Action", "Decision", "Facts", "Policy", "workload"]
+
+_THIS_VM: Final = Entity("CGpu::Vm", "this", {})
+_ID_MAX: Final = 0xFFFFFFFF
+_KEPT_DECISIONS: Final = 1024
+_KEPT_GROUPS: Final = 64
 
 
 class Action(str, Enum):
-    """What a caller may ask for; the values are what a configuration names."""
+    """What a caller may ask for; the values are the ids of the schema's actions."""
 
     IDENTITY = "boot.identity"
     QUOTE = "boot.quote"
@@ -22,43 +32,89 @@ class Action(str, Enum):
     EVIDENCE = "evidence.get"
 
 
-OPEN = frozenset({Action.IDENTITY, Action.QUOTE, Action.PCRS, Action.EVENT_LOG, Action.EVIDENCE})
-"""Actions that tell a caller about the VM, or speak only in the caller's own name."""
+OPEN: Final = frozenset({Action.IDENTITY, Action.QUOTE, Action.PCRS, Action.EVENT_LOG, Action.EVIDENCE})
+"""Actions that tell a caller about the VM, or speak only in the caller's own name. All others are sensitive."""
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
-    """Permission for one more action, to a unit, a uid, or both together (at least one is set)."""
+class Facts:
+    """What the agent knows of the machine when it decides; the defaults are what it knows before it knows anything.
 
-    action: Action
-    uid: int | None = None
-    unit: str | None = None
+    Attributes:
+        state: of the agent, as ``Core.state`` has it.
+        endorsed: the platform AK has a certificate.
+        boot_log: the firmware's event log is there.
+        gpus: ``not-asked``.
+    """
 
-    def matches(self, caller: Caller) -> bool:
-        """Absent facts match nothing: without a pidfd a caller has no unit, so a grant by unit does not hold."""
-        if self.uid is None and self.unit is None:
-            return False
-        return (self.uid is None or caller.uid == self.uid) and (self.unit is None or caller.unit == self.unit)
+    state: str = "starting"
+    endorsed: bool = False
+    boot_log: bool = False
+    gpus: str = "not-asked"
+
+    def context(self) -> dict[str, Any]:
+        """The complete record of the schema's ``Facts``."""
+        boot = {"state": self.state, "endorsed": self.endorsed, "boot_log": self.boot_log}
+        return {"boot": boot, "gpus": self.gpus}
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The answer and what decided it."""
-
-    allowed: bool
-    rule: str
+def workload(caller: Caller) -> Entity:
+    """The caller as a principal. Its id is a digest: no name that a workload could choose is ever taken for one."""
+    by_pidfd = caller.identity_strength == "pidfd"
+    return Entity(
+        "CGpu::Workload",
+        caller.digest().hex(),
+        {
+            "uid": caller.uid,
+            "gid": caller.gid,
+            "groups": caller.groups or (),
+            "groups_known": caller.groups is not None,
+            "has_unit": caller.unit is not None,
+            "unit": caller.unit or "",
+            "has_container": caller.container is not None,
+            "container": caller.container or "",
+            "cgroup": caller.cgroup or "",
+            "identity_strength": caller.identity_strength,
+            "root": caller.uid == 0 and by_pidfd and caller.container is None,
+        },
+    )
 
 
 class Policy:
-    """Decides by the caller's kernel-given identity alone. Immutable: a reload makes a new one."""
+    """A policy in force. Immutable, and so are its decisions: they are kept. A reload makes a new one."""
 
-    def __init__(self, grants: Sequence[Grant] = ()) -> None:
-        self._grants = tuple(grants)
+    __slots__ = ("_ask", "_policies")
 
-    def decide(self, caller: Caller, action: Action) -> Decision:
-        if action in OPEN:
-            return Decision(True, "open")
-        for number, grant in enumerate(self._grants):
-            if grant.action is action and grant.matches(caller):
-                return Decision(True, f"grant[{number}]")
-        return Decision(False, "default-deny")
+    def __init__(self, policies: Policies) -> None:
+        self._policies: Final = policies
+
+        def ask(caller: Caller, action: Action, facts: Facts) -> Decision:
+            return policies.decide(
+                principal=workload(caller), action=action.value, resource=_THIS_VM, context=facts.context()
+            )
+
+        self._ask: Final = lru_cache(_KEPT_DECISIONS)(ask)
+
+    @classmethod
+    def load(cls, text: str, what: str) -> Policy:
+        """Take in a policy text; ``what`` names it in messages. Raises ``Misuse`` (``BAD_POLICY``)."""
+        return cls(Policies.load(text, agent_schema(), what))
+
+    @classmethod
+    def default(cls) -> Policy:
+        """What holds where no policy is configured."""
+        return cls.load(default_policy(), "the default policy")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 hex of the text: what evidence states of the policy."""
+        return self._policies.digest
+
+    def decide(self, caller: Caller, action: Action, facts: Facts) -> Decision:
+        """Whether the caller may. A caller with ids that no kernel gives out may do nothing."""
+        groups = caller.groups or ()
+        # Before anything is looked up: 1.0 and True would be found as 1.
+        if not all(type(number) is int and 0 <= number <= _ID_MAX for number in (caller.uid, caller.gid, *groups)):
+            return Decision(False, (), "the caller's ids are not a kernel's")
+        ask = self._ask if len(groups) <= _KEPT_GROUPS else self._ask.__wrapped__
+        return ask(caller, action, facts)

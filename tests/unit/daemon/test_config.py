@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cgpu_agent.daemon.config import MAX_FILE, Config, load, parse
-from cgpu_agent.domain.policy import Action, Grant
+from cgpu_agent.daemon.config import DEFAULT_POLICY, MAX_FILE, Config, load, parse
 from cgpu_agent.errors import Misuse
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 EVERYTHING: dict[str, Any] = {
     "log_level": "debug",
     "runtime_dir": "/run/x/private",
+    "policy": "/etc/x/policy.cedar",
     "sockets": {"api": "/run/x/a.sock", "admin": "/run/x/b.sock"},
     "tpm": {
         "device": "swtpm:/run/x/tpm",
@@ -29,10 +29,6 @@ EVERYTHING: dict[str, Any] = {
     },
     "logs": {"boot": "/run/x/boot", "systemd": "/run/x/systemd"},
     "limits": {"connections": 1, "connections_per_uid": 2, "calls": 3, "calls_per_uid": 4},
-    "grant": [
-        {"action": "boot.measure", "uid": 0},
-        {"action": "boot.raw_quote", "unit": "x.service", "uid": 7},
-    ],
 }
 
 
@@ -57,15 +53,12 @@ def test_every_key_is_taken() -> None:
                 found = getattr(getattr(config, field.name), inner.name)
                 assert found == ((0, 7, 12) if inner.name == "evidence_pcrs" else wanted)
     assert (config.log_level, config.runtime_dir) == ("debug", "/run/x/private")
-    assert config.grants == (
-        Grant(Action.MEASURE, uid=0),
-        Grant(Action.RAW_QUOTE, uid=7, unit="x.service"),
-    )
+    assert config.policy == "/etc/x/policy.cedar"
     assert config.create_platform_ak is None
 
 
 def test_example_names_every_key_there_is() -> None:
-    known = {field.name for field in dataclasses.fields(Config)} - {"source", "grants"} | {"grant"}
+    known = {field.name for field in dataclasses.fields(Config)} - {"source"}
     assert EVERYTHING.keys() == known
 
 
@@ -79,7 +72,7 @@ def test_defaults_are_good_and_the_example_file_holds_them() -> None:
     assert "platform_ak_handle" in uncommented
 
 
-@pytest.mark.parametrize("key", ["", "loglevel", "grants", "source", "tpm2", "a\nb"])
+@pytest.mark.parametrize("key", ["", "loglevel", "grant", "grants", "source", "tpm2", "a\nb"])
 def test_unknown_key_is_named(key: str) -> None:
     assert repr(key) in refusal({key: 1})
 
@@ -95,12 +88,13 @@ def test_unknown_key_of_a_table_is_named_with_its_table(table: str) -> None:
     [
         ("", "log_level", ["loud", 1, [], {}, "INFO"]),
         ("", "runtime_dir", ["", 1, "relative", "/nul\0", [], True]),
+        ("", "policy", ["", "policy.cedar", 1, [], "/nul\0", "Default"]),
         ("sockets", "api", ["", "agent.sock", 3, "/a\0b"]),
         ("sockets", "admin", ["", "agent.sock", 3.5]),
         ("tpm", "device", ["", "/dev/tpmrm0", "device:/dev/tpm0", "device:tpmrm0", "tcp:host", 1, "swtpm:/a\0"]),
         ("tpm", "platform_ak_handle", [0x80000000, 0x82000000, -1, 1 << 40, "0x81000003", True, 1.0]),
         ("tpm", "create_platform_ak", ["", "yes", True, ["rsa"]]),
-        ("tpm", "register", [16, 23, 24, -1, True, "13", [13]]),
+        ("tpm", "register", [0, 9, 16, 17, 23, 24, -1, True, "13", [13]]),
         ("tpm", "evidence_pcrs", [[], [24], [-1], [True], ["0"], 13, "0-15", [[0]], list(range(13))]),
         ("tpm", "command_seconds", [0, -1, "1", 31, 0.5]),
         ("tpm", "request_seconds", [0, 9, True]),
@@ -122,33 +116,6 @@ def test_sockets_of_workloads_and_operators_must_differ() -> None:
     assert "differ" in refusal({"sockets": {"api": "/run/a", "admin": "/run/a"}})
 
 
-@pytest.mark.parametrize(
-    "grant",
-    [
-        {},
-        {"action": "boot.measure"},
-        {"action": "boot.nonsense", "uid": 1},
-        {"action": ["boot.measure"], "uid": 1},
-        {"action": {}, "uid": 1},
-        {"uid": 1},
-        {"action": "boot.measure", "uid": -1},
-        {"action": "boot.measure", "uid": "1"},
-        {"action": "boot.measure", "uid": True},
-        {"action": "boot.measure", "unit": ""},
-        {"action": "boot.measure", "unit": 5},
-        {"action": "boot.measure", "uid": 1, "user": "x"},
-        "boot.measure",
-        None,
-    ],
-)
-def test_grant_that_is_not_wholly_clear_is_refused(grant: object) -> None:
-    assert "grant[1]" in refusal({"grant": [{"action": "boot.measure", "uid": 1}, grant]})
-
-
-def test_grants_must_be_a_list_of_tables() -> None:
-    assert "[[grant]]" in refusal({"grant": {"action": "boot.measure", "uid": 1}})
-
-
 def test_file_is_read_whole_and_its_digest_is_of_its_bytes(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("# a comment\nlog_level = 'error'\n")
@@ -156,14 +123,6 @@ def test_file_is_read_whole_and_its_digest_is_of_its_bytes(tmp_path: Path) -> No
     assert config.log_level == "error"
     assert config.digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert Config().digest == hashlib.sha256(b"").hexdigest()
-
-
-def test_policy_digest_is_of_the_grants_alone() -> None:
-    grant = {"action": "boot.measure", "uid": 1}
-    granted = parse({"grant": [grant]}).policy_digest
-    assert granted != parse({}).policy_digest
-    assert granted == parse({"grant": [grant], "log_level": "error"}, b"other bytes").policy_digest
-    assert granted != parse({"grant": [grant | {"unit": "1"}]}).policy_digest
 
 
 @pytest.mark.parametrize(
@@ -233,5 +192,5 @@ def test_whatever_a_document_holds_it_is_taken_or_refused(document: dict[str, An
         assert error.slug == "BAD_CONFIG"  # noqa: PT017 - either outcome is good
     else:
         assert config.tpm.register in config.tpm.evidence_pcrs
-        assert all(grant.uid is not None or grant.unit is not None for grant in config.grants)
+        assert config.policy == DEFAULT_POLICY or config.policy.startswith("/")
     assert repr(document) == before

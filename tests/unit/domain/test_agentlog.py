@@ -80,8 +80,8 @@ def register_value(tpm: TpmCommands) -> bytes:
     return tpm.pcr_read(PcrSelection.of("sha256", [REGISTER]))[REGISTER]
 
 
-def replayed(log: AgentLog, base: bytes = bytes(32)) -> bytes:
-    value = base
+def replayed(log: AgentLog) -> bytes:
+    value = bytes(32)
     for record in log.records:
         value = extend("sha256", value, record.digest)
     return value
@@ -95,8 +95,8 @@ def changes_of_one_run(folder: Path) -> int:
 
 
 def crash_points() -> list[tuple[int, str]]:
-    # One run makes 12 changes: base, its intent, the AK, then intent, append and removal for each of three records.
-    return [(change, moment) for change in range(1, 13) for moment in ("before", "within", "after")]
+    # One run makes 10 changes: the AK, then intent, append and removal for each of three records.
+    return [(change, moment) for change in range(1, 11) for moment in ("before", "within", "after")]
 
 
 def test_a_run_makes_the_changes_that_the_crash_test_covers(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_foreign_extend_is_seen_before_the_next_record(machine: Machine) -> None
 
 
 def test_foreign_extend_between_intent_and_crash_is_not_taken_for_ours(machine: Machine) -> None:
-    crashing = CrashingStore(machine.runtime, 10, "after")  # the intent of record TWO is down, its extend is not made
+    crashing = CrashingStore(machine.runtime, 8, "after")  # the intent of record TWO is down, its extend is not made
     with pytest.raises(Crash):
         machine.on_tpm(lambda tpm: start_and_measure(tpm, crashing, ONE, TWO))
     machine.on_tpm(lambda tpm: tpm.pcr_extend(REGISTER, bytes(32)))
@@ -163,15 +163,14 @@ def test_foreign_extend_between_intent_and_crash_is_not_taken_for_ours(machine: 
     assert caught.value.slug == "AGENT_LOG_DIVERGED"
 
 
-def test_register_that_others_used_before_the_first_start_is_kept_as_a_base(machine: Machine) -> None:
-    """systemd-stub measures sysexts there; the base is for replay, a verifier wants it explained by the boot log."""
+def test_register_that_others_used_before_the_first_start_is_refused(machine: Machine) -> None:
+    """Evidence on it would be refused by every verifier: the agent's AK could not be the first record."""
     machine.on_tpm(lambda tpm: tpm.pcr_extend(REGISTER, b"\1" * 32))
-    base = extend("sha256", bytes(32), b"\1" * 32)
     for _ in range(2):
-        log, value = machine.on_tpm(
-            lambda tpm: (start_and_measure(tpm, Store(machine.runtime), ONE), register_value(tpm))
-        )
-        assert replayed(log, base) == value
+        with pytest.raises(Unavailable) as caught:
+            machine.on_tpm(lambda tpm: start_and_measure(tpm, Store(machine.runtime), ONE))
+        assert caught.value.slug == "REGISTER_IN_USE"
+        assert not (machine.runtime / "agent-log").exists()
 
 
 def edit(machine: Machine, name: str, old: bytes, new: bytes) -> None:
@@ -208,7 +207,7 @@ def test_edited_log_is_refused(machine: Machine, damage: str) -> None:
 
 
 def test_edited_intent_is_refused(machine: Machine) -> None:
-    crashing = CrashingStore(machine.runtime, 11, "before")  # TWO is extended but not logged
+    crashing = CrashingStore(machine.runtime, 9, "before")  # TWO is extended but not logged
     with pytest.raises(Crash):
         machine.on_tpm(lambda tpm: start_and_measure(tpm, crashing, ONE, TWO))
     for old, new in ((encoded(TWO), encoded(THREE)), (b'"agent"', b'"nobody"'), (b"{", b"{{")):

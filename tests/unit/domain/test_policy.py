@@ -1,19 +1,50 @@
-"""Few things are open to all; everything else needs a grant that the kernel's facts about the caller satisfy."""
+"""Few things are open to all; everything else needs a permit that the kernel's facts about the caller satisfy."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from typing import Any
 
 import pytest
-from cgpu_agent.domain.policy import OPEN, Action, Decision, Grant, Policy
+from cgpu_agent.cedar.files import agent_schema, default_policy
+from cgpu_agent.domain.policy import OPEN, Action, Decision, Facts, Policy, workload
+from cgpu_agent.errors import Misuse
 from fixtures.machine import WORKLOAD
 
 CLOSED = [action for action in Action if action not in OPEN]
+SERVING = Facts(state="serving", endorsed=True, boot_log=True)
+
+
+def permit(condition: str, action: Action = Action.MEASURE) -> Policy:
+    return Policy.load(
+        f'@id("it") permit(principal is CGpu::Workload, action == CGpu::Action::"{action.value}", '
+        f'resource == CGpu::Vm::"this") when {{ {condition} }};',
+        "test",
+    )
+
+
+def allowed(condition: str, facts: Facts = SERVING, **caller: Any) -> bool:
+    return permit(condition).decide(dataclasses.replace(WORKLOAD, **caller), Action.MEASURE, facts).allowed
+
+
+def test_the_schema_knows_exactly_our_actions() -> None:
+    actions = re.search(r"action\n(.*?)appliesTo", agent_schema(), re.DOTALL)
+    assert actions is not None
+    assert set(re.findall(r'^ +"([^"]+)"', actions.group(1), re.MULTILINE)) == {action.value for action in Action}
+
+
+def test_a_principal_has_exactly_the_attributes_of_the_schema() -> None:
+    declared = re.search(r"entity Workload = \{(.*?)\};", agent_schema(), re.DOTALL)
+    assert declared is not None
+    assert set(re.findall(r"^ +(\w+):", declared.group(1), re.MULTILINE)) == set(workload(WORKLOAD).attrs)
 
 
 @pytest.mark.parametrize("action", CLOSED)
-def test_closed_action_is_denied_by_default(action: Action) -> None:
-    assert Policy().decide(WORKLOAD, action) == Decision(False, "default-deny")
+@pytest.mark.parametrize("uid", [0, 1234])
+def test_closed_action_is_denied_by_default_even_to_root(action: Action, uid: int) -> None:
+    decision = Policy.default().decide(dataclasses.replace(WORKLOAD, uid=uid), action, SERVING)
+    assert decision == Decision(False, (), "no policy allows this")
 
 
 def test_what_speaks_for_the_vm_or_stays_in_its_log_is_closed() -> None:
@@ -21,42 +52,106 @@ def test_what_speaks_for_the_vm_or_stays_in_its_log_is_closed() -> None:
 
 
 @pytest.mark.parametrize("action", sorted(OPEN))
-def test_open_action_is_allowed(action: Action) -> None:
-    assert Policy().decide(WORKLOAD, action) == Decision(True, "open")
+@pytest.mark.parametrize("facts", [Facts(), SERVING])
+def test_open_action_is_allowed_to_every_identified_caller(action: Action, facts: Facts) -> None:
+    weak = dataclasses.replace(WORKLOAD, unit=None, cgroup=None, groups=None, identity_strength="pid")
+    for caller in (WORKLOAD, weak):
+        decision = Policy.default().decide(caller, action, facts)
+        assert decision == Decision(True, ("open-to-all",), "allowed by policy open-to-all")
+
+
+def test_the_examples_of_the_default_policy_work_once_uncommented() -> None:
+    text = re.sub(r"^// ?(?=@id|permit|when)", "", default_policy(), flags=re.MULTILINE)
+    policy = Policy.load(text, "uncommented")
+    enrol = dataclasses.replace(WORKLOAD, unit="enrol.service")
+    assert policy.decide(enrol, Action.ACTIVATE_CREDENTIAL, SERVING).policy_ids == ("enrolment",)
+    trainer = dataclasses.replace(WORKLOAD, unit="trainer.service")
+    assert policy.decide(trainer, Action.MEASURE, SERVING).policy_ids == ("trainer-may-measure",)
+    assert not policy.decide(dataclasses.replace(trainer, uid=1), Action.MEASURE, SERVING).allowed
+    assert not policy.decide(WORKLOAD, Action.ACTIVATE_CREDENTIAL, SERVING).allowed
+
+
+def test_a_permit_allows_its_action_and_no_other() -> None:
+    policy = permit('principal.unit == "inference.service"')
+    assert policy.decide(WORKLOAD, Action.MEASURE, SERVING) == Decision(True, ("it",), "allowed by policy it")
+    for action in Action:
+        assert policy.decide(WORKLOAD, action, SERVING).allowed == (action is Action.MEASURE)
 
 
 @pytest.mark.parametrize(
-    "grant", [{"uid": 1234}, {"unit": "inference.service"}, {"uid": 1234, "unit": "inference.service"}]
-)
-def test_grant_that_matches_allows_its_action_and_no_other(grant: dict[str, object]) -> None:
-    policy = Policy([Grant(Action.MEASURE, **grant)])  # type: ignore[arg-type]
-    assert policy.decide(WORKLOAD, Action.MEASURE) == Decision(True, "grant[0]")
-    assert not policy.decide(WORKLOAD, Action.RAW_QUOTE).allowed
-
-
-@pytest.mark.parametrize(
-    "grant",
+    ("condition", "caller"),
     [
-        {"uid": 1235},
-        {"uid": 0},
-        {"unit": "inference"},
-        {"unit": "other.service"},
-        {"uid": 1234, "unit": "other.service"},
-        {"uid": 1235, "unit": "inference.service"},
-        {},
+        ("principal.uid == 1234", {}),
+        ("principal.gid == 7", {"gid": 7}),
+        ("principal.groups.contains(27)", {"groups": (5, 27)}),
+        ("principal.groups_known", {"groups": ()}),
+        ('principal.has_unit && principal.unit == "inference.service"', {}),
+        ('principal.has_container && principal.container == "c0ffee"', {"container": "c0ffee"}),
+        ('principal.cgroup like "/system.slice/*"', {}),
+        ('principal.identity_strength == "pidfd"', {}),
+        ("principal.root", {"uid": 0}),
     ],
 )
-def test_grant_to_somebody_else_does_not_hold(grant: dict[str, object]) -> None:
-    policy = Policy([Grant(Action.MEASURE, **grant)])  # type: ignore[arg-type]
-    assert policy.decide(WORKLOAD, Action.MEASURE) == Decision(False, "default-deny")
+def test_every_fact_about_a_caller_can_be_asked(condition: str, caller: dict[str, Any]) -> None:
+    assert allowed(condition, **caller)
 
 
-def test_caller_without_a_unit_matches_no_grant_by_unit() -> None:
-    caller = dataclasses.replace(WORKLOAD, unit=None)
-    assert not Policy([Grant(Action.MEASURE, unit="inference.service")]).decide(caller, Action.MEASURE).allowed
-    assert not Policy([Grant(Action.MEASURE)]).decide(caller, Action.MEASURE).allowed
+@pytest.mark.parametrize(
+    ("condition", "caller"),
+    [
+        ("principal.uid == 1234", {"uid": 1235}),
+        ("principal.groups.contains(27)", {"groups": None}),
+        ("principal.groups_known", {"groups": None}),
+        ('principal.unit == "inference.service"', {"unit": None}),
+        ('principal.unit == "inference"', {}),
+        ("principal.has_unit", {"unit": None}),
+        ("principal.has_container", {}),
+        ("principal.root", {}),
+        ("principal.root", {"uid": 0, "container": "0" * 64}),
+        ("principal.root", {"uid": 0, "identity_strength": "pid"}),
+    ],
+)
+def test_a_fact_that_is_not_so_or_not_known_does_not_hold(condition: str, caller: dict[str, Any]) -> None:
+    assert not allowed(condition, **caller)
 
 
-def test_decision_names_the_grant_that_made_it() -> None:
-    grants = [Grant(Action.RAW_QUOTE, uid=1), Grant(Action.RAW_QUOTE, uid=1234)]
-    assert Policy(grants).decide(WORKLOAD, Action.RAW_QUOTE).rule == "grant[1]"
+@pytest.mark.parametrize(
+    ("condition", "facts"),
+    [
+        ("context.boot.endorsed", {"endorsed": True}),
+        ("context.boot.boot_log", {"boot_log": True}),
+        ('context.boot.state == "serving"', {"state": "serving"}),
+    ],
+)
+def test_a_fact_about_the_machine_holds_only_once_it_is_known(condition: str, facts: dict[str, Any]) -> None:
+    assert allowed(condition, Facts(**facts))
+    assert not allowed(condition, Facts())
+
+
+def test_gpus_are_not_asked() -> None:
+    assert allowed('context.gpus == "not-asked"')
+
+
+def test_a_kept_decision_is_that_of_the_same_question_only() -> None:
+    policy = permit('principal.uid == 1234 && context.boot.state == "serving"')
+    for _ in range(2):
+        assert policy.decide(WORKLOAD, Action.MEASURE, SERVING).allowed
+        assert not policy.decide(dataclasses.replace(WORKLOAD, uid=1235), Action.MEASURE, SERVING).allowed
+        assert not policy.decide(WORKLOAD, Action.RAW_QUOTE, SERVING).allowed
+        assert not policy.decide(WORKLOAD, Action.MEASURE, Facts()).allowed
+
+
+def test_a_caller_in_very_many_groups_is_decided_alike() -> None:
+    assert allowed("principal.groups.contains(70000)", groups=tuple(range(70_001)))
+
+
+def test_the_digest_is_that_of_the_text() -> None:
+    assert Policy.default().digest == Policy.load(default_policy(), "again").digest
+    assert Policy.default().digest != Policy.load(default_policy() + "\n", "again").digest
+
+
+def test_a_bad_policy_is_refused_by_name() -> None:
+    with pytest.raises(Misuse, match="my file: line 1, policy it: attribute `uuid`"):
+        Policy.load(
+            '@id("it") permit(principal is CGpu::Workload, action, resource) when { principal.uuid == 1 };', "my file"
+        )
