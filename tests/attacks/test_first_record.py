@@ -6,44 +6,75 @@ import asyncio
 import base64
 import dataclasses
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from cgpu_agent.backends.base import TpmCommands
 from cgpu_agent.domain.agentlog import AgentLog
-from cgpu_agent.domain.core import Core
-from cgpu_agent.domain.keys import establish, first_record
+from cgpu_agent.domain.boot import MeasuredBoot
+from cgpu_agent.domain.evidence import Evidence
+from cgpu_agent.domain.keys import Keys, establish, first_record
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import DeviceFault, Unavailable
 from cgpu_agent.wire import cel
 from cgpu_agent.wire.bundle import LogDigest, manifest_extra_data, parse_bundle, parse_manifest
-from fixtures.machine import BOOT_ID, PLATFORM_AK, REGISTER, WORKLOAD, Machine, judge, request
+from fixtures.machine import AGENT, BOOT_ID, PLATFORM_AK, REGISTER, WORKLOAD, Machine, judge, request
 
 pytestmark = pytest.mark.swtpm
 
 
-async def refused_by_a_verifier(core: Core, expected: str) -> None:
+class RogueLog(AgentLog):
+    """The log of an agent whose code was changed not to mind what the register held before it came."""
+
+    def open(self, tpm: TpmCommands) -> None:
+        self._value = self._read(tpm)
+
+
+@asynccontextmanager
+async def rogue_agent(machine: Machine) -> AsyncIterator[tuple[RogueLog, Evidence]]:
+    """A second agent with a state and an AK of its own, certified by the same platform AK in the same boot."""
+    async with machine.agent() as core:
+        log = RogueLog(store_beside(machine), REGISTER)
+        keys = await core.tpm.run(lambda tpm: establish_with(tpm, store_beside(machine), log), timeout=60)
+        boot = MeasuredBoot(core.tpm, keys, log, core.logs, timeout=60)
+        yield log, Evidence(boot, core.clock, boot_id=BOOT_ID, agent=AGENT, pcrs=tuple(range(16)))
+
+
+def store_beside(machine: Machine) -> Store:
+    return Store(machine.runtime.parent / "rogue")
+
+
+def establish_with(tpm: TpmCommands, store: Store, log: AgentLog) -> Keys:
+    return establish(tpm, store, log, boot_id=BOOT_ID, platform_ak_handle=PLATFORM_AK, create="ecc")
+
+
+async def verifiers_refusal(evidence: Evidence) -> str | None:
     asked = request()
-    refusal = judge(await core.evidence.get(WORKLOAD, asked), asked.nonce).refusal
+    refusal = judge(await evidence.get(WORKLOAD, asked), asked.nonce).refusal
     assert refusal is not None
-    assert refusal.slug == expected, refusal
+    return refusal.slug
+
+
+def start_refusal(machine: Machine) -> str:
+    async def scenario() -> None:
+        async with machine.agent() as core:
+            await core.establish()
+
+    with pytest.raises(Unavailable) as caught:
+        asyncio.run(scenario())
+    return caught.value.slug
 
 
 def test_second_agent_in_the_same_boot_is_not_first(machine: Machine) -> None:
-    """It has its own state, its own AK, certified by the same platform AK: all but the register's beginning."""
-
     async def scenario() -> None:
         async with machine.serving():
             pass
-        rogue = Machine(machine.tpm, machine.runtime.parent / "rogue")
-        rogue.runtime.parent.mkdir(mode=0o700)
-        async with rogue.serving() as core:
-            await refused_by_a_verifier(core, "AGENT_LOG_MISMATCH")
-        async with machine.agent() as core:  # and the honest one sees that somebody was there
-            with pytest.raises(Unavailable) as caught:
-                await core.establish()
-            assert caught.value.slug == "AGENT_LOG_DIVERGED"
+        async with rogue_agent(machine) as (_, evidence):
+            assert await verifiers_refusal(evidence) == "AGENT_LOG_MISMATCH"
 
     asyncio.run(scenario())
+    assert start_refusal(machine) == "AGENT_LOG_DIVERGED"  # and the honest one sees that somebody was there
 
 
 def test_second_agent_that_tells_the_whole_log_is_named_by_its_first_record(machine: Machine) -> None:
@@ -51,29 +82,29 @@ def test_second_agent_that_tells_the_whole_log_is_named_by_its_first_record(mach
 
     async def scenario() -> None:
         async with machine.serving() as core:
-            honest = core.boot.log.data
-        rogue = Machine(machine.tpm, machine.runtime.parent / "rogue")
-        rogue.runtime.parent.mkdir(mode=0o700)
-        async with rogue.serving() as core:
-            log = core.boot.log
-            own = [record.content for record in log.records]
-            records = [
-                *cel.parse_agent_log(honest),
-                *(cel.Record(2 + number, REGISTER, "agent", content) for number, content in enumerate(own)),
+            honest = core.boot.log
+        async with rogue_agent(machine) as (log, evidence):
+            own = [
+                cel.Record(len(honest.records) + record.sequence, REGISTER, "agent", record.content)
+                for record in log.records
             ]
-            log.data = b"".join(record.encode() for record in records)
-            await refused_by_a_verifier(core, "AGENT_AK_NOT_FIRST")
+            log.data = honest.data + b"".join(record.encode() for record in own)
+            assert await verifiers_refusal(evidence) == "AGENT_AK_NOT_FIRST"
 
     asyncio.run(scenario())
 
 
-def test_extend_before_the_agents_first_start_is_refused_by_verifiers(machine: Machine) -> None:
-    """Who was first without a log of it: the agent keeps the base, but nothing explains it."""
+def test_who_extended_the_register_before_the_agent_ends_its_start(machine: Machine) -> None:
+    machine.tpm.replay_boot([(REGISTER, bytes(32))])
+    assert start_refusal(machine) == "REGISTER_IN_USE"
+
+
+def test_agent_that_does_not_mind_is_refused_by_verifiers(machine: Machine) -> None:
     machine.tpm.replay_boot([(REGISTER, bytes(32))])
 
     async def scenario() -> None:
-        async with machine.serving() as core:
-            await refused_by_a_verifier(core, "AGENT_LOG_MISMATCH")
+        async with rogue_agent(machine) as (_, evidence):
+            assert await verifiers_refusal(evidence) == "AGENT_LOG_MISMATCH"
 
     asyncio.run(scenario())
 
@@ -93,32 +124,19 @@ def test_callers_event_cannot_pass_for_a_first_record(machine: Machine) -> None:
 def test_state_of_a_stranger_is_not_taken_over(machine: Machine) -> None:
     """Who can write the state directory is the agent or root; a stale or planted AK is still noticed."""
 
-    def start(tpm: TpmCommands, machine: Machine) -> None:
-        store = Store(machine.runtime)
-        establish(
-            tpm,
-            store,
-            AgentLog(store, REGISTER),
-            boot_id=BOOT_ID,
-            platform_ak_handle=PLATFORM_AK,
-            create="ecc",
-        )
-
-    machine.on_tpm(lambda tpm: start(tpm, machine))
-    rogue = Machine(machine.tpm, machine.runtime.parent / "rogue")
-    rogue.runtime.parent.mkdir(mode=0o700)
-    rogue.on_tpm(lambda tpm: start(tpm, rogue))
-    (machine.runtime / "agent-ak").write_bytes((rogue.runtime / "agent-ak").read_bytes())
+    machine.on_tpm(lambda tpm: establish_with(tpm, store := Store(machine.runtime), AgentLog(store, REGISTER)))
+    beside = store_beside(machine)
+    machine.on_tpm(lambda tpm: establish_with(tpm, beside, RogueLog(beside, REGISTER)))
+    planted = beside.read("agent-ak")
+    assert planted is not None
     # A fresh register with the honest records alone, so that nothing but the name speaks against the stranger.
     machine.tpm.restart()
-    forged = json.loads((machine.runtime / "agent-ak").read_bytes())
+    forged = json.loads(planted)
     forged["reset_count"] += 1
     (machine.runtime / "agent-ak").write_text(json.dumps(forged))
     records = cel.parse_agent_log((machine.runtime / "agent-log").read_bytes())
     machine.tpm.replay_boot([(REGISTER, record.digest) for record in records])
-    with pytest.raises(Unavailable) as caught:
-        machine.on_tpm(lambda tpm: start(tpm, machine))
-    assert caught.value.slug == "AGENT_AK"
+    assert start_refusal(machine) == "AGENT_AK"
 
 
 def test_stolen_key_context_signs_nothing_without_the_agents_secret(machine: Machine) -> None:

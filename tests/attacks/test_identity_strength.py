@@ -10,12 +10,13 @@ from collections.abc import Iterator
 
 import pytest
 from cgpu_agent.domain.caller import Caller
-from cgpu_agent.domain.policy import Action, Grant, Policy
+from cgpu_agent.domain.policy import Action, Facts
 from cgpu_agent.rpc import peer
 from cgpu_agent.rpc.environment import self_check_environment
 from cgpu_agent.rpc.identify import Identifier
 from cgpu_agent.rpc.methods import public_authorizer
 from fixtures.machine import WORKLOAD
+from fixtures.policies import granting, permit
 
 MEASURE = "/cgpu.agent.v1.MeasuredBoot/MeasureEvent"
 
@@ -46,8 +47,11 @@ def test_without_a_pidfd_only_the_credentials_are_known(connection: socket.socke
 
 def test_grant_to_a_unit_does_not_hold_without_a_pidfd(connection: socket.socket) -> None:
     caller = identified(connection, peer_pidfd=False)
-    policy = Policy([Grant(Action.MEASURE, unit="inference.service"), Grant(Action.RAW_QUOTE, uid=caller.uid)])
-    authorize = public_authorizer(lambda: policy)
+    policy = granting(
+        permit("boot.measure", 'principal.unit == "inference.service"'),
+        permit("boot.raw_quote", f"principal.uid == {caller.uid}"),
+    )
+    authorize = public_authorizer(lambda: policy, Facts)
     assert not authorize(caller, MEASURE).allowed
     assert authorize(dataclasses.replace(WORKLOAD, unit="inference.service"), MEASURE).allowed
     assert authorize(caller, "/cgpu.agent.v1.MeasuredBoot/GetRawQuote").allowed  # the uid is the kernel's word still
@@ -55,8 +59,10 @@ def test_grant_to_a_unit_does_not_hold_without_a_pidfd(connection: socket.socket
 
 def test_grant_to_unit_and_uid_does_not_fall_back_to_the_uid(connection: socket.socket) -> None:
     caller = identified(connection, peer_pidfd=False)
-    policy = Policy([Grant(Action.MEASURE, uid=caller.uid, unit="inference.service")])
-    assert policy.decide(caller, Action.MEASURE).rule == "default-deny"
+    policy = granting(
+        permit("boot.measure", f'principal.uid == {caller.uid} && principal.unit == "inference.service"')
+    )
+    assert policy.decide(caller, Action.MEASURE, Facts()).reason == "no policy allows this"
 
 
 def test_strength_is_part_of_what_evidence_states(connection: socket.socket) -> None:

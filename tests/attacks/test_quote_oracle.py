@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from cgpu_agent.client import Agent
-from cgpu_agent.domain.policy import Action, Policy
+from cgpu_agent.domain.policy import Action, Facts, Policy
 from cgpu_agent.errors import Denied, Misuse
 from cgpu_agent.wire.bundle import caller_quote_extra_data, manifest_extra_data, parse_bundle
 from cgpu_agent.wire.tpm import parse_attest
@@ -46,7 +46,7 @@ def test_workload_cannot_have_another_protocols_challenge_quoted(workload: Agent
 
 def test_not_even_root_may_without_a_grant() -> None:
     root = dataclasses.replace(WORKLOAD, uid=0, unit=None)
-    assert Policy().decide(root, Action.RAW_QUOTE).rule == "default-deny"
+    assert not Policy.default().decide(root, Action.RAW_QUOTE, Facts()).allowed
 
 
 @pytest.mark.parametrize("challenge", [KBS_CHALLENGE, KBS_CHALLENGE[:32]])

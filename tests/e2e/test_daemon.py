@@ -24,6 +24,7 @@ from cgpu_agent.wire.bundle import caller_quote_extra_data, parse_bundle, parse_
 from cgpu_agent.wire.tpm import parse_attest, parse_public
 from fixtures.daemon import Daemon, booted_daemon
 from fixtures.machine import AUDIENCE, BOOT_LOG, judge
+from fixtures.policies import permit
 from fixtures.workload import ask
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -47,7 +48,7 @@ def granted() -> Iterator[Daemon]:
     """One whose operator granted this user everything."""
     with booted_daemon() as agent:
         agent.grants = "".join(
-            f'[[grant]]\naction = "{action}"\nuid = {os.geteuid()}\n'
+            permit(action, f"principal.uid == {os.geteuid()}")
             for action in ("boot.raw_quote", "boot.measure", "boot.activate_credential")
         )
         agent.start()

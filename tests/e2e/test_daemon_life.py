@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import signal
@@ -22,10 +23,11 @@ from cgpu_agent.verifier.evidence import EvidenceResult
 from cgpu_agent.wire import cel
 from fixtures.daemon import Daemon, booted_daemon
 from fixtures.machine import AUDIENCE, judge
+from fixtures.policies import permit
 
 pytestmark = pytest.mark.swtpm
 
-MEASURE = f'[[grant]]\naction = "boot.measure"\nuid = {os.geteuid()}\n'
+MEASURE = permit("boot.measure", f"principal.uid == {os.geteuid()}")
 
 
 @pytest.fixture
@@ -181,6 +183,71 @@ def test_grant_takes_effect_with_a_reload_and_is_measured(daemon: Daemon) -> Non
     assert [b"agent-reload" in record.content for record in after.records] == [False, False, True, False, True]
     lines = daemon.manager.lines
     assert lines[lines.index("RELOADING=1") + 1].startswith("MONOTONIC_USEC=")
+
+
+def test_bad_policy_on_reload_keeps_the_old_one_and_shows(daemon: Daemon) -> None:
+    daemon.grants = MEASURE
+    daemon.configure()
+    daemon.reload()
+    for bad, said in (
+        (
+            '@id("x") permit(principal, action, resource) when { principal.nonsense };',
+            "policy x: attribute `nonsense`",
+        ),
+        ("(" * 100_000, "nested deeper"),
+        (None, "cannot be read"),
+    ):
+        if bad is None:
+            daemon.policy.unlink()
+        else:
+            daemon.policy.write_text(bad)
+        daemon.reload()
+        assert daemon.shows(said)
+        assert daemon.manager.status.startswith("Serving")
+        with daemon.client() as agent:
+            assert agent.measure_event(b"by the old policy").pcr == 13
+    assert sum(b"agent-reload" in record.content for record in evidence(daemon).records) == 1
+    daemon.configure()
+    daemon.reload()
+    assert "policy" not in daemon.manager.status
+
+
+def test_bad_policy_keeps_the_daemon_from_starting(stopped: Daemon) -> None:
+    stopped.configure()
+    stopped.policy.unlink()
+    stopped.start(ready=False)
+    assert stopped.process is not None
+    assert stopped.process.wait(60) == 2
+    assert any(f"{stopped.policy} cannot be read" in line for line in stopped.journal)
+
+
+def test_evidence_states_the_digest_of_the_policy_text(daemon: Daemon) -> None:
+    manifest = evidence(daemon).manifest
+    assert manifest is not None
+    assert manifest.agent["policy"] == hashlib.sha256(daemon.policy.read_bytes()).hexdigest()
+
+
+def test_denial_names_what_decided(daemon: Daemon) -> None:
+    daemon.grants = MEASURE + '@id("never") forbid(principal, action == CGpu::Action::"boot.measure", resource);'
+    daemon.configure()
+    daemon.reload()
+    with daemon.client() as agent:
+        with pytest.raises(Denied, match="forbidden by policy never"):
+            agent.measure_event(b"x")
+        with pytest.raises(Denied, match="no policy allows this"):
+            agent.get_raw_quote(bytes(32))
+
+
+def test_policy_sees_the_state_of_the_machine(daemon: Daemon) -> None:
+    daemon.grants = permit("boot.measure", 'context.boot.boot_log && context.boot.state == "degraded"') + permit(
+        "boot.raw_quote", "context.boot.endorsed"
+    )
+    daemon.configure()
+    daemon.reload()
+    with daemon.client() as agent:
+        assert agent.measure_event(b"x").pcr == 13
+        with pytest.raises(Denied):
+            agent.get_raw_quote(bytes(32))
 
 
 def test_reload_of_an_unchanged_file_is_not_measured(daemon: Daemon) -> None:

@@ -136,6 +136,7 @@ class TestWaste:
             connection.sendall(b"POST /v1/verify HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
             said = read_to_end(connection)
         assert said.startswith(b"HTTP/1.1 413 ")
+        assert b"connection: close" in said.lower()
         assert b"BODY_TOO_LARGE" in said
 
     def test_a_body_that_grows_too_large_is_cut_off(self, client: httpx.Client) -> None:
@@ -154,6 +155,7 @@ class TestWaste:
             connection.sendall(b"POST /v1/verify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
             said = read_to_end(connection)
         assert said.startswith(b"HTTP/1.1 408 ")
+        assert b"connection: close" in said.lower()
         assert b"BODY_TOO_SLOW" in said
 
     @pytest.mark.parametrize("said", [b"", b"POST /v1/nonce HTTP/1.1\r\nHost: x\r\nX-Slow: "])
@@ -193,16 +195,18 @@ class TestWaste:
         assert said.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after: 1\r\n" in said.lower()
 
-    def test_connections_above_the_limit_are_cut(self, verifier: Verifier) -> None:
-        held = [verifier.connect() for _ in range(60)]
-        try:
-            cut = [read_to_end(connection) for connection in held[50:]]
-        finally:
-            for connection in held:
-                connection.close()
-        assert cut == [b""] * 10
-        with verifier.client() as client:
-            assert client.get("/healthz").status_code == 200
+    def test_connections_above_the_limit_are_cut_at_once(self, tmp_path: Path) -> None:
+        patient = Verifier(tmp_path)
+        patient.tables["limits"] = "connections = 40\nheader_seconds = 600"
+        with running(patient):
+            held = [patient.connect() for _ in range(60)]
+            try:
+                assert [read_to_end(connection) for connection in held[50:]] == [b""] * 10
+            finally:
+                for connection in held:
+                    connection.close()
+            with patient.client() as client:
+                assert client.get("/healthz").status_code == 200
 
     def test_a_crowd_is_served_or_told_to_come_back(self, verifier: Verifier) -> None:
         with verifier.client() as client:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cgpu_agent.daemon import config as configuration
 from cgpu_agent.daemon.config import Config
-from cgpu_agent.domain.policy import OPEN, Action
+from cgpu_agent.domain.policy import Action
 
 REFERENCE = Path(__file__).resolve().parents[2] / "systemd" / "config.toml"
 TABLES = ("sockets", "tpm", "logs", "limits")
@@ -26,10 +26,6 @@ def uncommented(text: str) -> str:
     return re.sub(r"^#(?=\S)", "", text, flags=re.MULTILINE)
 
 
-def examples(text: str) -> str:
-    return "\n".join(re.findall(r"^# {5}(.*)$", text, flags=re.MULTILINE))
-
-
 def test_as_shipped_it_changes_nothing(tmp_path: Path) -> None:
     assert load(REFERENCE.read_text(), tmp_path) == Config()
 
@@ -40,7 +36,7 @@ def test_every_key_uncommented_is_the_default(tmp_path: Path) -> None:
 
 def test_every_key_is_there() -> None:
     document = configuration.tomllib.loads(uncommented(REFERENCE.read_text()))
-    assert document.keys() == {entry.name for entry in fields(Config)} - {"grants", "source"}
+    assert document.keys() == {entry.name for entry in fields(Config)} - {"source"}
     for table in TABLES:
         assert document[table].keys() == {entry.name for entry in fields(getattr(Config(), table))}
 
@@ -48,12 +44,6 @@ def test_every_key_is_there() -> None:
 def test_a_key_that_is_only_prose_would_be_noticed(tmp_path: Path) -> None:
     text = uncommented(REFERENCE.read_text()).replace("register = 13", "register = 14")
     assert load(text, tmp_path) != Config()
-
-
-def test_its_examples_are_accepted(tmp_path: Path) -> None:
-    grants = load(examples(REFERENCE.read_text()), tmp_path).grants
-    assert len(grants) == 2
-    assert not {grant.action for grant in grants} & OPEN
 
 
 @pytest.mark.parametrize("action", Action)

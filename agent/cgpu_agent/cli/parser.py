@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     _quote(commands)
     _gpu(commands)
     _ak(commands)
+    _policy(commands)
     _completion(commands)
     return parser
 
@@ -293,6 +294,33 @@ def _ak(commands: _Commands[argparse.ArgumentParser]) -> None:
     )
     _socket(parser, "the agent's socket", "CGPU_AGENT_SOCKET")
     parser.set_defaults(module="ak")
+
+
+def _policy(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser("policy", help="check and explain policies", description="Cedar policies.")
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    parser = verbs.add_parser(
+        "check",
+        help="say what is wrong with a policy",
+        description="Check a policy as its reader would, and the agent's for permits that name nobody in particular. "
+        "Exit status: 0 nothing to say, 1 otherwise.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="the policy; - for standard input")
+    parser.add_argument("--kind", choices=("agent", "verifier"), default="agent", help="whose it is (default: agent)")
+    _json(parser)
+    parser.set_defaults(module="policy")
+    parser = verbs.add_parser(
+        "explain",
+        help="say who may do what",
+        description="Say what a caller may do, and which policy decides it; by default for a few typical callers.",
+    )
+    parser.add_argument("--policy", type=Path, metavar="FILE", help="the agent's policy (default: the one built in)")
+    parser.add_argument("--uid", type=int, metavar="N", help="the caller's uid (default: 1000)")
+    parser.add_argument("--unit", metavar="NAME", help="its systemd unit (default: none)")
+    parser.add_argument("--container", metavar="ID", help="its container (default: none)")
+    parser.add_argument("--groups", type=int, nargs="+", metavar="N", help="its supplementary groups")
+    _json(parser)
+    parser.set_defaults(module="policy")
 
 
 def _completion(commands: _Commands[argparse.ArgumentParser]) -> None:

@@ -14,6 +14,7 @@ from cgpu_agent import __version__
 from cgpu_agent.daemon import config as configuration
 from cgpu_agent.daemon import logging as journal
 from cgpu_agent.daemon.notify import Notifier
+from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.errors import AgentError, Misuse
 
 DEFAULT_CONFIG = Path("/etc/cgpu-agent/config.toml")
@@ -34,7 +35,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help=f"configuration file (default: {DEFAULT_CONFIG} if it exists, else built-in defaults)",
     )
-    parser.add_argument("--check", action="store_true", help="check the configuration file and exit")
+    parser.add_argument("--check", action="store_true", help="check the configuration file and its policy, and exit")
     parser.add_argument("--version", action="version", version=f"cgpu-agent {__version__}")
     return parser.parse_args(argv)
 
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         config = configuration.load(path)
         journal.configure(config.log_level)
         if arguments.check:
+            load_policy(config)
             sys.stdout.write(f"{path or 'built-in defaults'}: good\n")
             return 0
         return asyncio.run(_serve(config, path, notifier))

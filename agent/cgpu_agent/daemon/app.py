@@ -22,6 +22,7 @@ from cgpu_agent.daemon import status
 from cgpu_agent.daemon.build import build_digest
 from cgpu_agent.daemon.config import Config
 from cgpu_agent.daemon.notify import Notifier, activated_sockets
+from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded
 from cgpu_agent.daemon.watchdog import Watchdog
 from cgpu_agent.domain.core import Core, Settings, is_final
@@ -67,7 +68,7 @@ class App:
         self._started_with = config
         self._config_path = config_path
         self._notifier = notifier
-        self._policy = Policy(config.grants)
+        self._policy = load_policy(config)
         self._reload_problem: str | None = None
         self._capabilities = self_check_environment()
         self._build = build_digest()
@@ -95,7 +96,7 @@ class App:
             api,
             private / "a",
             identifier,
-            public_authorizer(lambda: self._policy),
+            public_authorizer(lambda: self._policy, self._core.facts),
             in_flight,
             limits,
             add_public(self._core),
@@ -127,7 +128,7 @@ class App:
             return None
         try:
             with Path(configured).open("rb") as file:
-                return file.read(MAX_CERTIFICATE + 1)
+                return file.read(2 * MAX_CERTIFICATE)
         except OSError as error:
             log.warning("no AK certificate", file=configured, why=error.strerror)
             return None
@@ -143,7 +144,7 @@ class App:
         return {
             "build": self._build,
             "config": self._config.digest,
-            "policy": self._config.policy_digest,
+            "policy": self._policy.digest,
             "version": __version__,
         }
 
@@ -253,29 +254,30 @@ class App:
             await self._reload()
 
     async def _reload(self) -> None:
-        """Read the configuration again; a bad file changes nothing but the status line."""
+        """Read configuration and policy again; a bad file changes nothing but the status line."""
         self._notifier.reloading()
         try:
             fresh = configuration.load(self._config_path)
+            policy = await asyncio.to_thread(load_policy, fresh)
         except Misuse as error:
             self._reload_problem = error.message
             log.error("configuration not reloaded", why=error.message)
         else:
-            await self._apply(fresh)
+            await self._apply(fresh, policy)
         await self._show()
         self._notifier.ready()
 
-    async def _apply(self, fresh: Config) -> None:
+    async def _apply(self, fresh: Config, policy: Policy) -> None:
         fixed = [
             name
             for name in ("runtime_dir", "sockets", "tpm", "logs", "limits")
             if getattr(fresh, name) != getattr(self._started_with, name)
         ]
         self._reload_problem = f"restart to apply changes to {', '.join(fixed)}" if fixed else None
-        changed = fresh.source != self._config.source
+        changed = fresh.source != self._config.source or policy.digest != self._policy.digest
         journal.configure(fresh.log_level)
         self._config = fresh
-        self._policy = Policy(fresh.grants)
+        self._policy = policy
         self._core.certify(self._ak_certificate())
         if changed:
             try:

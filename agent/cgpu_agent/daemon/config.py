@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from cgpu_agent.backends.base import AkAlgorithm
-from cgpu_agent.domain.policy import Action, Grant
 from cgpu_agent.errors import Misuse
 
 if sys.version_info >= (3, 11):
@@ -22,6 +21,7 @@ T = TypeVar("T")
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 MAX_FILE = 1 << 20
+DEFAULT_POLICY = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Sockets:
 class TpmConfig:
     """The vTPM.
 
-    ``create_platform_ak``: what to make where no key is at ``platform_ak_handle``; "no" = refuse. ``ak_certificate``: a
-    file (DER) that certifies that key, or "nv" for the certificate that the platform keeps in NV.
+    ``create_platform_ak``: what to make where no key is at ``platform_ak_handle``; "no" = refuse.
+    ``ak_certificate``: a file (DER) that certifies that key, or "nv" for the certificate that the platform keeps in NV.
     """
 
     device: str = "device:/dev/tpmrm0"
@@ -70,27 +70,21 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Everything the daemon can be told."""
+    """Everything the daemon can be told. ``policy``: path of a Cedar policy, or ``default`` for the one built in."""
 
     log_level: LogLevel = "info"
+    policy: str = DEFAULT_POLICY
     runtime_dir: str = "/run/cgpu-agent/private"
     sockets: Sockets = field(default_factory=Sockets)
     tpm: TpmConfig = field(default_factory=TpmConfig)
     logs: Logs = field(default_factory=Logs)
     limits: Limits = field(default_factory=Limits)
-    grants: tuple[Grant, ...] = ()
     source: bytes = b""
 
     @property
     def digest(self) -> str:
         """SHA-256 hex of the file as it was read: what evidence states of it."""
         return hashlib.sha256(self.source).hexdigest()
-
-    @property
-    def policy_digest(self) -> str:
-        """SHA-256 hex of the grants alone."""
-        lines = [f"{grant.action.value} uid={grant.uid} unit={grant.unit!r}" for grant in self.grants]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property
     def create_platform_ak(self) -> AkAlgorithm | None:
@@ -127,21 +121,9 @@ def load(path: Path | None) -> Config:
 
 def parse(document: dict[str, Any], source: bytes = b"") -> Config:
     """Check a parsed document. Raises ``Misuse`` (``BAD_CONFIG``)."""
-    document = dict(document)
-    grants = document.pop("grant", [])
-    if not isinstance(grants, list):
-        raise _bad("grant must be a list of tables ([[grant]])")
-    config = _table(Config, document, "", skip=("grants", "source"))
-    config = _replace(
-        config, grants=tuple(_grant(entry, number) for number, entry in enumerate(grants)), source=source
-    )
+    config = replace(_table(Config, document, "", skip=("source",)), source=source)
     _check(config)
     return config
-
-
-def _replace(config: Config, **changes: Any) -> Config:
-    values = {entry.name: getattr(config, entry.name) for entry in fields(config)}
-    return Config(**{**values, **changes})
 
 
 _TABLES: dict[str, type[Any]] = {"sockets": Sockets, "tpm": TpmConfig, "logs": Logs, "limits": Limits}
@@ -182,25 +164,6 @@ def _value(annotation: str, value: Any, name: str) -> Any:
     return value
 
 
-def _grant(entry: Any, number: int) -> Grant:
-    where = f"grant[{number}]"
-    if not isinstance(entry, dict) or not entry.keys() <= {"action", "uid", "unit"}:
-        raise _bad(f"{where} has keys other than action, uid and unit")
-    try:
-        action = Action(entry.get("action"))
-    except ValueError:
-        known = ", ".join(sorted(a.value for a in Action))
-        raise _bad(f"{where}.action is not one of {known}") from None
-    uid, unit = entry.get("uid"), entry.get("unit")
-    if uid is not None:
-        _value("int", uid, f"{where}.uid")
-    if unit is not None:
-        _value("str", unit, f"{where}.unit")
-    if uid is None and unit is None:
-        raise _bad(f"{where} names nobody: give uid, unit, or both")
-    return Grant(action, uid, unit)
-
-
 def _check(config: Config) -> None:
     tpm = config.tpm
     if not re.fullmatch(r"(device|swtpm):/[^\0]*", tpm.device) or re.fullmatch(r"device:/dev/tpm\d+", tpm.device):
@@ -213,13 +176,15 @@ def _check(config: Config) -> None:
         "logs.systemd": config.logs.systemd,
         "tpm.ak_certificate": "/" if tpm.ak_certificate == "nv" else tpm.ak_certificate,
     }
+    if config.policy != DEFAULT_POLICY:
+        paths["policy"] = config.policy
     for name, path in paths.items():
         if not path.startswith("/") or "\0" in path:
             raise _bad(f"{name} must be an absolute path")
     if config.sockets.api == config.sockets.admin:
         raise _bad("sockets.api and sockets.admin must differ")
-    if tpm.register in (16, 23) or tpm.register > 23:
-        raise _bad("tpm.register must be a PCR that cannot be reset: 0-15 or 17-22, best 13")
+    if not 10 <= tpm.register <= 15:
+        raise _bad("tpm.register must be a PCR that firmware leaves alone and nobody can reset: 10-15, best 13")
     if tpm.register not in tpm.evidence_pcrs:
         raise _bad("tpm.evidence_pcrs must hold tpm.register")
     if not 0x81000000 <= tpm.platform_ak_handle <= 0x81FFFFFF:

@@ -166,7 +166,11 @@ class Evidence:
         with self._boot.logs.systemd() as systemd_log:
             manifest = self._manifest(tree, boot_log, systemd_log, agent_log).encode()
             found, attest = consistent_quote(
-                tpm, self._boot.keys.agent_ak, manifest_extra_data(manifest), self._selection
+                tpm,
+                self._boot.keys.agent_ak,
+                manifest_extra_data(manifest),
+                self._selection,
+                self._boot.known_pcrs,
             )
         self._boot.check_counters(attest.clock_info)
         self._boot.log.check(found.pcrs)

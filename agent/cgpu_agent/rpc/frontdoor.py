@@ -33,6 +33,7 @@ from cgpu_agent.rpc.reactor import Reactor
 logger = logging.getLogger(__name__)
 
 _READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 _SOCKET_EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 _SELF_CHECK_SECONDS = 5.0
@@ -313,14 +314,14 @@ class FrontDoor:
     def _socket_ready(self, connection: Connection, flow: Flow, back: Flow, mask: int) -> None:
         """Go on with the flow that this socket is the source of, and with the one that waits for it as its sink."""
         if mask & _READABLE:
-            self._move(connection, flow)
+            self._move(connection, flow, drain=bool(mask & _ENDING))
         if mask & _WRITABLE and back.held:
             self._move(connection, back)
 
-    def _move(self, connection: Connection, flow: Flow) -> None:
+    def _move(self, connection: Connection, flow: Flow, *, drain: bool = True) -> None:
         if connection.closed or flow in self._unfinished:
             return
-        moved = flow.move(self._buffer, self._limits.bytes_per_wake)
+        moved = flow.move(self._buffer, self._limits.bytes_per_wake, drain=drain)
         if moved is Moved.MORE:
             self._unfinished[flow] = connection
         elif moved is Moved.ENDED:

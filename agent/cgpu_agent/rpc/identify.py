@@ -77,7 +77,7 @@ class Identified:
             if self._closed:
                 raise _gone()
             try:
-                facts = _facts(caller.pid, self._pidfd, self._capabilities)
+                facts = _facts(caller.pid, self._pidfd, self._capabilities, self.facts)
             except OSError as error:
                 raise Unavailable("CALLER_UNCHECKED", "the caller cannot be checked now", retry_after=1.0) from error
             if not self._alive() or facts.start_time != self.facts.start_time:
@@ -192,17 +192,25 @@ class Identifier:
             return None
 
 
-def _facts(pid: int, pidfd: int | None, capabilities: IdentityCapabilities) -> Facts:
-    """Read what can be read of the process that has this pid now. The caller must check the pidfd *afterwards*."""
+def _facts(pid: int, pidfd: int | None, capabilities: IdentityCapabilities, known: Facts | None = None) -> Facts:
+    """Read what can be read of the process that has this pid now. The caller must check the pidfd *afterwards*.
+
+    ``known``: facts read before. A cgroup's id is never used again and its directory cannot be renamed (cgroup v2),
+    so the same id saves reading the path.
+    """
     if not capabilities.peer_pidfd:
         return Facts(peer.status_ids(pid), None, None, None, peer.start_time(pid))
     info = None if pidfd is None or not capabilities.pidfd_info else peer.pidfd_info(pidfd)
     program = peer.executable(pid)
-    cgroup = peer.proc_file(pid, "cgroup")
+    if info is not None and known is not None and info.cgroup_id == known.cgroup_id:
+        path = known.cgroup_path
+    else:
+        cgroup = peer.proc_file(pid, "cgroup")
+        path = None if cgroup is None else cgroup2_path(cgroup)
     return Facts(
         ids=peer.status_ids(pid) if info is None else info.ids,
         cgroup_id=None if info is None else info.cgroup_id,
-        cgroup_path=None if cgroup is None else cgroup2_path(cgroup),
+        cgroup_path=path,
         executable=None if program is None else program.id,
         start_time=None,
     )

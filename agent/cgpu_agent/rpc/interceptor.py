@@ -154,7 +154,9 @@ class Gate(grpc.aio.ServerInterceptor):
             connection, caller = self._identified(context)
             decision = self._authorize(caller, method)
             if not decision.allowed:
-                raise Denied("NOT_ALLOWED", f"policy does not allow this ({decision.rule})")
+                if decision.log_detail and self._throttle.allow(asyncio.get_running_loop().time()):
+                    log.error("the policy could not be evaluated", method=method, detail=decision.log_detail)
+                raise Denied("NOT_ALLOWED", f"not allowed: {decision.reason}")
             _caller.set(caller)
             with self._in_flight.hold(caller.uid):
                 yield connection

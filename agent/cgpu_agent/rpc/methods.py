@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from cgpu_agent.domain.caller import Caller
-from cgpu_agent.domain.policy import Action, Decision, Policy
+from cgpu_agent.domain.policy import Action, Decision, Facts, Policy
 
 _BOOT = "/cgpu.agent.v1.MeasuredBoot/"
 
@@ -23,14 +23,16 @@ ACTIONS: Mapping[str, Action] = {
 _ABOUT_THE_SERVER = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")
 
 
-def public_authorizer(policy: Callable[[], Policy]) -> Callable[[Caller, str], Decision]:
-    """For the public socket; asks for the policy at every call, so that a reload takes effect at once."""
+def public_authorizer(policy: Callable[[], Policy], facts: Callable[[], Facts]) -> Callable[[Caller, str], Decision]:
+    """For the public socket; asks for policy and facts at every call, so that what changes takes effect at once."""
 
     def authorize(caller: Caller, method: str) -> Decision:
         action = ACTIONS.get(method)
         if action is not None:
-            return policy().decide(caller, action)
-        return Decision(method.startswith(_ABOUT_THE_SERVER), "server-information")
+            return policy().decide(caller, action, facts())
+        if method.startswith(_ABOUT_THE_SERVER):
+            return Decision(True, (), "open to everybody")
+        return Decision(False, (), "this socket serves no such method")
 
     return authorize
 
@@ -47,6 +49,6 @@ def admin_authorizer(own_uid: int) -> Callable[[Caller, str], Decision]:
         root = caller.uid == 0 and (outside or caller.identity_strength == "pid")
         operator = caller.uid == own_uid or root
         known = method.startswith(("/cgpu.agent.v1.Admin/", *_ABOUT_THE_SERVER))
-        return Decision(operator and known, "operator-only")
+        return Decision(operator and known, (), "for the operator alone")
 
     return authorize

@@ -36,13 +36,16 @@ class Flow:
         rest = self._rest
         return 0 if rest is None else len(rest)
 
-    def move(self, buffer: memoryview, budget: int) -> Moved:
+    def move(self, buffer: memoryview, budget: int, *, drain: bool = True) -> Moved:
         """Move bytes until a side would block, the source ends, or about ``budget`` bytes are moved.
 
         Args:
             buffer: scratch space, shared by all flows of one thread; never kept.
             budget: bytes; exceeded by one buffer at most.
+            drain: read until the source would block. ``False`` lets one short read do, which saves a system call and
+                is safe only where the event that led here said nothing of an end: a later one is an event of its own.
         """
+        drain = drain or self._rest is not None  # an end may have been announced while the rest was waiting
         try:
             while budget > 0:
                 if self._rest is None:
@@ -50,6 +53,8 @@ class Flow:
                     if count == 0:
                         return Moved.ENDED
                     budget -= self._send(buffer[:count], kept=False)
+                    if not drain and count < len(buffer) and self._rest is None:
+                        return Moved.BLOCKED
                 else:
                     budget -= self._send(self._rest, kept=True)
         except BlockingIOError:

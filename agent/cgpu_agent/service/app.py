@@ -71,7 +71,7 @@ class Service:
             }
         )
         self._routes: Final = self._make_routes()
-        self._paths: Final = frozenset(route.path for route in self._routes)
+        self.paths: Final = frozenset(route.path for route in self._routes)
 
     def application(self) -> ASGIApp:
         """The ASGI application."""
@@ -100,7 +100,7 @@ class Service:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _count(self, path: str, status: int) -> None:
-        known = path if path in self._paths else "other"
+        known = path if path in self.paths else "other"
         self._metrics.add("cgpu_verifier_requests_total", path=known, status=str(status))
 
     def _body(self, request: Request, limit: int) -> AbstractAsyncContextManager[bytes]:

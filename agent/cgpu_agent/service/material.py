@@ -27,7 +27,7 @@ from cgpu_agent.cedar.files import APPRAISAL_SCHEMA
 from cgpu_agent.errors import AgentError, HostileInput, Misuse
 from cgpu_agent.service import replica
 from cgpu_agent.service.config import Config
-from cgpu_agent.service.enrol import EkRoots
+from cgpu_agent.service.enrol import MAX_INTERMEDIATES, EkRoots
 from cgpu_agent.service.issuer import Issuer, Issuers
 from cgpu_agent.service.judge import Judge
 from cgpu_agent.service.replica import ReplicaKeys
@@ -80,7 +80,7 @@ def load(config: Config) -> Material:
         at=datetime.fromtimestamp(0, timezone.utc),
         roots=tuple(roots),
         simulated_roots=tuple(simulated),
-        intermediates=tuple(_certificates(trust.ak_intermediates)),
+        intermediates=_intermediates(trust.ak_intermediates, MAX_CERTIFICATES),
         pinned_names=frozenset(bytes.fromhex(name) for name in trust.pinned_ak_names),
         allow_unendorsed=trust.allow_unendorsed,
         allow_no_boot_log=trust.allow_no_boot_log,
@@ -104,7 +104,7 @@ def load(config: Config) -> Material:
         replica_keys=replica_keys,
         signing_keys=signing,
         ek_trust=_ek_trust(config),
-        ek_intermediates=tuple(_certificates(enrol.ek_intermediates)),
+        ek_intermediates=_intermediates(enrol.ek_intermediates, MAX_CERTIFICATES - MAX_INTERMEDIATES),
         issuers=issuers,
     )
 
@@ -173,6 +173,13 @@ def _certificates(paths: Iterable[Path]) -> list[x509.Certificate]:
         except HostileInput as error:
             raise Misuse("BAD_CERTIFICATE", f"{path}: {error.message}") from error
     return found
+
+
+def _intermediates(paths: Iterable[Path], limit: int) -> tuple[x509.Certificate, ...]:
+    found = _certificates(paths)
+    if len(found) > limit:
+        raise Misuse("TOO_MANY_CERTIFICATES", f"more than {limit} intermediate certificates")
+    return tuple(found)
 
 
 def _read_replica(path: Path) -> ReplicaKeys:

@@ -213,12 +213,11 @@ def _rim(case: Case, source: Source, version: str | None, rim_id: str) -> str | 
 
 def _require_product(rim: Rim, facts: DeviceFacts) -> None:
     """NVIDIA's service answers the wrong question with a validly signed manifest for another chip."""
-    chip = facts.fields.chip if isinstance(facts.fields, GpuFields) else None
-    wanted = chip or facts.identity.chip.replace("_", "")
-    if rim.product != wanted:
-        raise HostileInput(
-            "RIM_PRODUCT_MISMATCH", f"reference values for {rim.product}, and the device is a {wanted}"
-        )
+    reported = facts.fields.chip if isinstance(facts.fields, GpuFields) else None
+    names = {facts.identity.chip.replace("_", ""), *([] if reported is None else [reported])}
+    if rim.product not in names:
+        listed = " or ".join(sorted(names))
+        raise HostileInput("RIM_PRODUCT_MISMATCH", f"values for {rim.product}, and the device is a {listed}")
 
 
 def _judge_rim_revocation(case: Case) -> str | Skip:

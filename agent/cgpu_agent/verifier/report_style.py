@@ -83,7 +83,7 @@ th { color: var(--quiet); font-weight: 500; text-align: left; }
 th, td { padding: 0.4rem 0.9rem 0.4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { overflow-wrap: anywhere; }
 td code { overflow-wrap: normal; }
-.number { color: var(--quiet); font-variant-numeric: tabular-nums; text-align: right; }
+.number { white-space: nowrap; color: var(--quiet); font-variant-numeric: tabular-nums; text-align: right; }
 footer { margin-top: 3rem; color: var(--quiet); font-size: 0.8rem; }
 @media (max-width: 40rem) {
   .verdict { padding: 1.1rem; }

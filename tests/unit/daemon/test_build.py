@@ -30,7 +30,8 @@ def digest_of_copy(folder: Path) -> str:
 
 def test_digest_can_be_recomputed_from_its_description() -> None:
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
+    parts = [path for pattern in ("*.py", "*.cedar", "*.cedarschema") for path in PACKAGE.rglob(pattern)]
+    for path in sorted(parts):
         content = path.read_bytes()
         name = str(path.relative_to(PACKAGE)).encode()
         digest.update(name + b"\0" + len(content).to_bytes(8, "big") + content)
@@ -46,4 +47,7 @@ def test_any_change_to_a_file_changes_it_and_the_place_does_not(tmp_path: Path) 
     changed = digest_of_copy(tmp_path)
     assert changed != same
     (copy / "domain" / "extra.py").touch()
-    assert digest_of_copy(tmp_path) not in (same, changed)
+    more = digest_of_copy(tmp_path)
+    assert more not in (same, changed)
+    (copy / "cedar" / "agent.cedarschema").open("a").write("\n")
+    assert digest_of_copy(tmp_path) not in (same, changed, more)

@@ -53,7 +53,7 @@ def quote_while_others_extend(machine: Machine, times: int) -> tuple[BootQuote, 
     def job(tpm: TpmCommands) -> tuple[BootQuote, int]:
         tpm.create_platform_ak(PLATFORM_AK, "ecc")
         restless = Restless(tpm, times)
-        found, _ = consistent_quote(restless, PLATFORM_AK, b"n", ALL)  # type: ignore[arg-type]
+        found, _ = consistent_quote(restless, PLATFORM_AK, b"n", ALL, {})  # type: ignore[arg-type]
         return found, restless.quotes
 
     return machine.on_tpm(job)
@@ -73,6 +73,32 @@ def test_quote_is_repeated_until_its_values_are_the_quoted_ones(machine: Machine
         expected_pcrs=frozenset(found.pcrs),
     )
     assert result.refusal is None
+
+
+def test_values_that_are_still_the_quoted_ones_are_not_read_again(machine: Machine) -> None:
+    def job(tpm: TpmCommands) -> tuple[int, int, bool]:
+        tpm.create_platform_ak(PLATFORM_AK, "ecc")
+        reads = 0
+
+        class Counting(Restless):
+            def __init__(self) -> None:
+                super().__init__(tpm, 0)
+                self.pcr_read = self._read
+
+            def _read(self, selection: PcrSelection) -> dict[int, bytes]:
+                nonlocal reads
+                reads += 1
+                return tpm.pcr_read(selection)
+
+        known: dict[int, bytes] = {}
+        first, _ = consistent_quote(Counting(), PLATFORM_AK, b"1", ALL, known)  # type: ignore[arg-type]
+        consistent_quote(Counting(), PLATFORM_AK, b"2", ALL, known)  # type: ignore[arg-type]
+        quiet = reads
+        tpm.pcr_extend(10, bytes(32))
+        last, _ = consistent_quote(Counting(), PLATFORM_AK, b"3", ALL, known)  # type: ignore[arg-type]
+        return quiet, reads, last.pcrs[10] != first.pcrs[10]
+
+    assert machine.on_tpm(job) == (1, 2, True)
 
 
 def test_pcrs_that_never_rest_are_a_reason_to_try_later(machine: Machine) -> None:

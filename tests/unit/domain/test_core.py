@@ -12,7 +12,10 @@ from cgpu_agent.backends.logs import MAX_LOG
 from cgpu_agent.domain.core import REMEDIES, Core, is_final
 from cgpu_agent.domain.keys import AK_CERTIFICATE_INDEX
 from cgpu_agent.errors import AgentError, DeviceFault, HostileInput, Misuse, Unavailable
+from cgpu_agent.verifier.keys import load_attestation_key
+from cryptography.hazmat.primitives.serialization import Encoding
 from fixtures.machine import AGENT, REGISTER, WORKLOAD, Machine, judge, request
+from fixtures.pki import NOW, Authority
 
 pytestmark = pytest.mark.swtpm
 
@@ -297,5 +300,41 @@ def test_foreign_extend_is_told_from_a_reset(machine: Machine) -> None:
             assert core.state() == "refusing"
             assert "PCR 13" in core.line()
             assert dataclasses.asdict(core.problems()[0])["remedy"] == REMEDIES["AGENT_LOG_DIVERGED"]
+
+    asyncio.run(scenario())
+
+
+def test_configured_certificate_of_the_platform_ak_endorses_it(machine: Machine) -> None:
+    authority = Authority.root()
+
+    async def scenario() -> None:
+        async with machine.serving() as core:
+            key = load_attestation_key(core.boot.keys.platform_ak).key
+            certificate = authority.issue(key).public_bytes(Encoding.DER)
+            core.certify(certificate)
+            assert (core.problems(), core.boot.keys.platform_ak_certificate) == ([], certificate)
+            bundle = await core.evidence.get(WORKLOAD, asked := request())
+            verdict = judge(bundle, asked.nonce, allow_unendorsed=False, roots=[authority.certificate], at=NOW)
+            assert verdict.accepted, verdict.refusal
+            core.certify(None)
+            assert core.boot.keys.platform_ak_certificate == certificate
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("whose", ["another key's", "nobody's"])
+def test_configured_certificate_that_does_not_fit_is_shown_and_not_used(machine: Machine, whose: str) -> None:
+    other = Authority.root()
+    unfit = other.certificate.public_bytes(Encoding.DER) if whose == "another key's" else b"\x30\x03\x02\x01\x05"
+
+    async def scenario() -> None:
+        async with machine.agent() as core:
+            core.certify(unfit)
+            await core.establish()
+            assert core.boot.keys.platform_ak_certificate is None
+            assert "UNENDORSED" in reasons(core)
+            assert core.problems()[0].message.startswith("tpm.ak_certificate is not used: ")
+            bundle = await core.evidence.get(WORKLOAD, asked := request())
+            assert judge(bundle, asked.nonce).accepted
 
     asyncio.run(scenario())

@@ -70,7 +70,7 @@ class Site:
 
     def _authorize(self, caller: Caller, method: str) -> Decision:
         assert caller.pid == os.getpid()
-        return Decision(self.allowed, "test-rule")
+        return Decision(self.allowed, ("test-rule",), "forbidden by policy test-rule")
 
     def _add(self, server: grpc.aio.Server) -> tuple[str, ...]:
         unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
