@@ -33,10 +33,13 @@ class Restless:
         self.pcr_read = tpm.pcr_read
 
     def quote(self, key: int | LoadedKey, qualifying_data: bytes, selection: PcrSelection) -> Signed:
-        signed = self._tpm.quote(key, qualifying_data, selection)
+        restless = self._left > 0
+        self._left -= restless
         self.quotes += 1
-        if self._left:
-            self._left -= 1
+        if restless:  # before and after: neither the values read last nor those read next are the quoted ones
+            self._tpm.pcr_extend(10, bytes(32))
+        signed = self._tpm.quote(key, qualifying_data, selection)
+        if restless:
             self._tpm.pcr_extend(10, bytes(32))
         return signed
 
