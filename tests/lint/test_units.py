@@ -15,7 +15,7 @@ from cgpu_agent.daemon.config import Config
 UNITS = Path(__file__).resolve().parents[2] / "systemd"
 SERVICE = UNITS / "cgpu-agent.service"
 SOCKETS = {"api": UNITS / "cgpu-agent.socket", "admin": UNITS / "cgpu-agent-admin.socket"}
-RELOAD = UNITS / "cgpu-agent.service.d" / "50-notify-reload.conf"
+RELOAD = UNITS / "cgpu-agent.service.d" / "50-newer-systemd.conf"
 DEVICE = UNITS / "dev-tpmrm0.device.d" / "50-cgpu-agent.conf"
 EVERY_FILE = [SERVICE, *SOCKETS.values(), RELOAD, DEVICE]
 
@@ -86,13 +86,16 @@ def test_the_gate_sees_a_line_that_systemd_would_ignore(installed: Path, name: s
 
 
 @needs_analyze
-def test_the_reload_drop_in_holds_nothing_but_the_newer_type(installed: Path) -> None:
+def test_the_drop_in_holds_nothing_but_what_newer_systemd_knows(installed: Path) -> None:
     shutil.copytree(RELOAD.parent, installed / RELOAD.parent.name)
     said = verify(installed, SERVICE.name)
     if systemd_version() >= 253:
         assert said == []
     else:
-        assert [line.partition(": ")[2] for line in said] == ["Failed to parse service type, ignoring: notify-reload"]
+        assert [line.partition(": ")[2] for line in said] == [
+            "Failed to parse service type, ignoring: notify-reload",
+            "Unknown key name 'OpenFile' in section 'Service', ignoring.",
+        ]
 
 
 @needs_analyze

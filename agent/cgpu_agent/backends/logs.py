@@ -34,11 +34,14 @@ class SystemLogs:
         boot: places to look for the firmware log, the first readable one counts. Under systemd this is the credential
             ``eventlog`` (the kernel's own file is for root), whose content is ``none`` where there is no log.
         systemd: path of tpm2-measure.log.
+        systemd_descriptor: the same, already open: the file is for root alone, so the unit has systemd open it
+            (``OpenFile=``).
     """
 
-    def __init__(self, boot: Sequence[Path], systemd: Path) -> None:
+    def __init__(self, boot: Sequence[Path], systemd: Path, systemd_descriptor: int | None = None) -> None:
         self._boot_paths = tuple(boot)
         self._systemd_path = systemd
+        self._systemd_descriptor = systemd_descriptor
         self._boot: bytes | None = None
 
     def boot(self) -> bytes | None:
@@ -64,16 +67,21 @@ class SystemLogs:
 
     @contextlib.contextmanager
     def systemd(self) -> Iterator[bytes | None]:
-        try:
-            descriptor = os.open(self._systemd_path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            yield None
-            return
+        descriptor = self._systemd_descriptor
+        if descriptor is None:
+            try:
+                descriptor = os.open(self._systemd_path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                yield None
+                return
         try:
             _lock_shared(descriptor)
+            os.lseek(descriptor, 0, os.SEEK_SET)
             yield _read(descriptor)
         finally:
-            os.close(descriptor)  # releases the lock
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            if descriptor != self._systemd_descriptor:
+                os.close(descriptor)
 
 
 def _lock_shared(descriptor: int) -> None:

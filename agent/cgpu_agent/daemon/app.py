@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from cgpu_agent.daemon import logging as journal
 from cgpu_agent.daemon import status
 from cgpu_agent.daemon.build import build_digest
 from cgpu_agent.daemon.config import Config
-from cgpu_agent.daemon.notify import Notifier, activated_sockets
+from cgpu_agent.daemon.notify import Notifier, passed_descriptors
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded
 from cgpu_agent.daemon.watchdog import Watchdog
@@ -30,7 +31,7 @@ from cgpu_agent.domain.policy import Policy
 from cgpu_agent.domain.quota import InFlight
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import AgentError, Misuse
-from cgpu_agent.rpc.addresses import adopt_listener, bind_listener
+from cgpu_agent.rpc.addresses import Listener, adopt_listener, bind_listener
 from cgpu_agent.rpc.admission import DoorLimits
 from cgpu_agent.rpc.environment import self_check_environment
 from cgpu_agent.rpc.identify import Identifier
@@ -54,6 +55,11 @@ class SystemClock:
         return time.time()
 
 
+def _listener(passed: int | None, path: str, mode: int) -> Listener:
+    """The socket from systemd, or one bound here."""
+    return bind_listener(path, mode) if passed is None else adopt_listener(socket.socket(fileno=passed))
+
+
 class App:
     """One run of the daemon.
 
@@ -72,15 +78,15 @@ class App:
         self._reload_problem: str | None = None
         self._capabilities = self_check_environment()
         self._build = build_digest()
-        sockets = activated_sockets()
-        unknown = sockets.keys() - {"api", "admin"}
+        passed = passed_descriptors()
+        unknown = passed.keys() - {"api", "admin", "systemd-log"}
         if unknown:
-            raise Misuse("BAD_CONFIG", f"systemd handed over sockets that are not api or admin: {', '.join(unknown)}")
+            raise Misuse("BAD_CONFIG", f"systemd handed over what nobody asked for: {', '.join(sorted(unknown))}")
         private = Path(config.runtime_dir)
         self._tpm = TpmOwner(open_tpm(config.tpm.device), command_timeout=config.tpm.command_seconds)
         self._core = Core(
             tpm=self._tpm,
-            logs=SystemLogs(self._boot_log_paths(), Path(config.logs.systemd)),
+            logs=SystemLogs(self._boot_log_paths(), Path(config.logs.systemd), passed.get("systemd-log")),
             store=Store(private),
             clock=SystemClock(),
             settings=self._settings(),
@@ -89,8 +95,8 @@ class App:
         limits = DoorLimits(max_connections=config.limits.connections, max_per_uid=config.limits.connections_per_uid)
         identifier = Identifier(self._capabilities)
         in_flight = InFlight(config.limits.calls_per_uid, config.limits.calls)
-        api = adopt_listener(sockets["api"]) if "api" in sockets else bind_listener(config.sockets.api, 0o666)
-        admin = adopt_listener(sockets["admin"]) if "admin" in sockets else bind_listener(config.sockets.admin, 0o600)
+        api = _listener(passed.get("api"), config.sockets.api, 0o666)
+        admin = _listener(passed.get("admin"), config.sockets.admin, 0o600)
         self._public = guarded(
             "api",
             api,

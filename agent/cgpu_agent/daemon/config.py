@@ -37,7 +37,7 @@ class TpmConfig:
     """The vTPM.
 
     ``create_platform_ak``: what to make where no key is at ``platform_ak_handle``; "no" = refuse.
-    ``ak_certificate``: a file (DER) that certifies that key, or "nv" for the certificate that the platform keeps in NV.
+    ``ak_certificate``: a file (DER) that certifies that key, or "nv" for the certificate that the platform has in NV.
     """
 
     device: str = "device:/dev/tpmrm0"

@@ -52,17 +52,16 @@ class Notifier:
         self._send("WATCHDOG=1")
 
 
-def activated_sockets() -> dict[str, socket.socket]:
-    """Sockets from systemd by ``FileDescriptorName=``; the variables are removed, so that no child sees them."""
+def passed_descriptors() -> dict[str, int]:
+    """Descriptors from systemd by name (``FileDescriptorName=``, ``OpenFile=``); no child inherits or sees them."""
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     names = os.environ.pop("LISTEN_FDNAMES", "")
     os.environ.pop("LISTEN_PIDFDID", None)
     if pid != str(os.getpid()) or not count.isdigit():
         return {}
     labels = names.split(":") if names else []
-    found: dict[str, socket.socket] = {}
+    found: dict[str, int] = {}
     for offset in range(min(int(count), 16)):
-        sock = socket.socket(fileno=3 + offset)
-        sock.set_inheritable(False)
-        found[labels[offset] if offset < len(labels) else f"unknown-{offset}"] = sock
+        os.set_inheritable(3 + offset, False)
+        found[labels[offset] if offset < len(labels) else f"unknown-{offset}"] = 3 + offset
     return found

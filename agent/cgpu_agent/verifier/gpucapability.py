@@ -88,9 +88,9 @@ def capabilities_of(architecture: Architecture, *, simulated: bool, measured: bo
         measured: whether its measurements were compared and fit. Where not, nothing says which firmware keeps the
             promises of its generation.
     """
-    if simulated:
-        return SIMULATED
     row = CAPABILITIES.get(architecture)
+    if row is not None and simulated:
+        return SIMULATED
     if row is None or measured:
         return row
     shown: dict[str, Word] = {"data_confidential": "not-shown", "code_intact": "not-shown"}

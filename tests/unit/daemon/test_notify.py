@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from cgpu_agent.daemon.notify import Notifier, activated_sockets
+from cgpu_agent.daemon.notify import Notifier, passed_descriptors
 from fixtures.ear import Ear
 
 
@@ -83,7 +83,7 @@ def test_children_do_not_inherit_what_is_for_this_process(ear: Ear, monkeypatch:
     for name in ("WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"):
         monkeypatch.setenv(name, "1")
     Notifier()
-    activated_sockets()
+    passed_descriptors()
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID"} & os.environ.keys()
     assert ear.heard() == []
 
@@ -98,4 +98,4 @@ def test_sockets_for_another_process_are_left_alone(
         monkeypatch.setenv("LISTEN_PID", str(os.getpid()) if pid == "own" else pid)
     monkeypatch.setenv("LISTEN_FDS", count)
     monkeypatch.setenv("LISTEN_FDNAMES", "api:admin")
-    assert activated_sockets() == {}
+    assert passed_descriptors() == {}

@@ -68,13 +68,10 @@ def test_unknown_fields_are_kept_by_number() -> None:
     assert parse_switch(switch(field_3=b"550.90.07\0")).unknown == {3: b"550.90.07\0"}
 
 
-@pytest.mark.parametrize("field", Field)
-def test_refuses_a_gpu_field_that_is_longer_than_it_can_be(field: Field) -> None:
-    value = GPU.fields().get(field)
-    if value is None:
-        pytest.skip("not sent by this GPU")
-    too_long = value + (bytes(34) if field in (Field.DRIVER_VERSION, Field.CHIP_INFO) else b"\0")
-    assert refused(gpu(**{field.name: too_long})) == "BAD_FIELD"
+@pytest.mark.parametrize("field", sorted(GPU.fields()))
+def test_refuses_a_gpu_field_that_is_longer_than_it_can_be(field: int) -> None:
+    too_long = GPU.fields()[field] + bytes(34 if field in (Field.DRIVER_VERSION, Field.CHIP_INFO) else 1)
+    assert refused(gpu(**{Field(field).name: too_long})) == "BAD_FIELD"
 
 
 @pytest.mark.parametrize("field", sorted(SWITCH.fields()))
@@ -93,7 +90,7 @@ def test_refuses_a_switch_field_of_another_length(field: int) -> None:
         {"DRIVER_VERSION": b"550.90.07\0\x1b"},
         {"DRIVER_VERSION": b"550\0"},
         {"DRIVER_VERSION": b"550.90\x2f07\0"},
-        {"DRIVER_VERSION": "550.9٠".encode() + b"\0"},
+        {"DRIVER_VERSION": "550.9\u0660".encode() + b"\0"},
         {"DRIVER_VERSION": b"\0\0"},
         {"PROJECT": b"1\x0010\0"},
         {"CHIP_SKU": b"\xff\xff\xff\xff"},

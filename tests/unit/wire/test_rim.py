@@ -1,10 +1,10 @@
-"""Signed reference values as XML: nothing of XML but elements, attributes and text; nothing of SWID but what counts."""
+"""Signed reference values: nothing of XML but elements, attributes and text; nothing of SWID but what counts."""
 
 from __future__ import annotations
 
 import pytest
 from cgpu_agent.errors import HostileInput
-from cgpu_agent.wire.rim import MAX_RIM, parse_rim, parse_signed
+from cgpu_agent.wire.rim import DS, MAX_RIM, parse_rim, parse_signed
 from cgpu_agent.wire.xmlsafe import parse_xml
 from fixtures.gpu import DRIVER, DRIVER_INDICES, Vendor
 from fixtures.gpupki import digest
@@ -117,7 +117,6 @@ def test_refuses_depth_and_number_beyond_measure() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("SoftwareIdentity xmlns=", "SoftwareIdentify xmlns="),
         ('edition="GPU"', 'edition="CPU"'),
         ('PayloadType="direct"', 'PayloadType="indirect"'),
         ('BindingSpec="RIMIM"', 'BindingSpec="IMA"'),
@@ -147,6 +146,11 @@ def test_refuses_depth_and_number_beyond_measure() -> None:
 )
 def test_refuses_content_that_is_not_known_here(old: str, new: str) -> None:
     assert refused(bent(replace={old: new})) in ("BAD_RIM", "BAD_XML")
+
+
+def test_refuses_another_kind_of_document() -> None:
+    assert refused(RIM.replace(b"SoftwareIdentity", b"SoftwareIdentify")) == "BAD_RIM"
+    assert refused(b"<SoftwareIdentity/>") == "BAD_RIM"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,7 @@ def test_refuses_a_signature_made_otherwise(changed: dict[str, object]) -> None:
         ("<ds:X509Certificate>", "<ds:X509Certificate></ds:X509Certificate><ds:X509Certificate>"),
         ("<ds:X509Certificate>", "<ds:X509Certificate>QQ==</ds:X509Certificate>" * 5 + "<ds:X509Certificate>"),
         ("</ds:KeyInfo>", "</ds:KeyInfo><ds:Object/>"),
-        ("</ds:Signature>", "</ds:Signature><ds:Signature/>"),
+        ("</ds:Signature>", f'</ds:Signature><Signature xmlns="{DS[1:-1]}"/>'),
     ],
 )
 def test_refuses_a_signature_of_another_shape(old: str, new: str) -> None:

@@ -62,7 +62,7 @@ def test_refuses_another_exchange_than_measurements_by_spdm_1_1(at: int, value: 
     [
         (HEADER, (2,), "TRAILING_BYTES"),
         (HEADER, (4,), "TRUNCATED"),
-        (HEADER + 1, (0x5C,), "TRAILING_BYTES"),
+        (HEADER + 1, (0x49,), "TRAILING_BYTES"),
         (HEADER + 3, (1,), "TRUNCATED"),
         (RECORD, (0,), "BAD_MEASUREMENT"),
         (RECORD, (255,), "BAD_MEASUREMENT"),
