@@ -96,7 +96,7 @@ def start_daemon(state: Path) -> str:
     (state / "private").mkdir(mode=0o700)
     config = state / "config.toml"
     config.write_text(
-        f'runtime_dir = "{state}/private"\n'
+        f'runtime_dir = "{state}/private"\nstate_dir = "{state}/state"\n'
         f'[sockets]\napi = "{state}/agent.sock"\nadmin = "{state}/admin.sock"\n'
         f'[tpm]\ndevice = "swtpm:{state}/t/sock"\n'
         f'[logs]\nboot = "{RECORDING}"\n'

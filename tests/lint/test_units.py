@@ -94,7 +94,7 @@ def test_the_drop_in_holds_nothing_but_what_newer_systemd_knows(installed: Path)
     else:
         assert [line.partition(": ")[2] for line in said] == [
             "Failed to parse service type, ignoring: notify-reload",
-            "Unknown key name 'OpenFile' in section 'Service', ignoring.",
+            "Unknown key 'OpenFile' in section [Service], ignoring.",
         ]
 
 

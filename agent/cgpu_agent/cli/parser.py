@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     _gpu(commands)
     _ak(commands)
     _policy(commands)
+    _audit(commands)
     _completion(commands)
     return parser
 
@@ -321,6 +322,28 @@ def _policy(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--groups", type=int, nargs="+", metavar="N", help="its supplementary groups")
     _json(parser)
     parser.set_defaults(module="policy")
+
+
+def _audit(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser("audit", help="read and check the audit log", description="The agent's audit log.")
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    log = {"type": Path, "nargs": "+", "metavar": "FILE", "help": "files of the log, oldest first"}
+    show = verbs.add_parser("show", help="print the records", description="Print the audit log, a line a record.")
+    show.add_argument("log", **log)  # type: ignore[arg-type]
+    _json(show)
+    show.set_defaults(module="audit")
+    verify = verbs.add_parser(
+        "verify",
+        help="check that the log is whole",
+        description="Check that the audit log is one unbroken chain and, with --since, that it holds what bundles "
+        "said of it: then nothing before them was altered or dropped.",
+    )
+    verify.add_argument("log", **log)  # type: ignore[arg-type]
+    verify.add_argument(
+        "--since", type=Path, action="append", default=[], metavar="BUNDLE", help="a bundle you kept (verified)"
+    )
+    _json(verify)
+    verify.set_defaults(module="audit")
 
 
 def _completion(commands: _Commands[argparse.ArgumentParser]) -> None:

@@ -26,6 +26,7 @@ from cgpu_agent.daemon.notify import Notifier, passed_descriptors
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded
 from cgpu_agent.daemon.watchdog import Watchdog
+from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.core import Core, Settings, is_final
 from cgpu_agent.domain.policy import Policy
 from cgpu_agent.domain.quota import InFlight
@@ -33,6 +34,7 @@ from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import AgentError, Misuse
 from cgpu_agent.rpc.addresses import Listener, adopt_listener, bind_listener
 from cgpu_agent.rpc.admission import DoorLimits
+from cgpu_agent.rpc.auditor import Auditor
 from cgpu_agent.rpc.environment import self_check_environment
 from cgpu_agent.rpc.identify import Identifier
 from cgpu_agent.rpc.methods import admin_authorizer, public_authorizer
@@ -91,6 +93,8 @@ class App:
             clock=SystemClock(),
             settings=self._settings(),
         )
+        self._open_audit(Path(config.state_dir))
+        recorder = Auditor(self._core.audit)
         self._core.certify(self._ak_certificate())
         limits = DoorLimits(max_connections=config.limits.connections, max_per_uid=config.limits.connections_per_uid)
         identifier = Identifier(self._capabilities)
@@ -106,6 +110,7 @@ class App:
             in_flight,
             limits,
             add_public(self._core),
+            recorder,
         )
         self._admin = guarded(
             "admin",
@@ -116,6 +121,7 @@ class App:
             InFlight(16, 16),
             DoorLimits(max_connections=16, max_per_uid=8),
             add_admin(self._status),
+            recorder,
         )
         self._watchdog = Watchdog(
             notifier,
@@ -126,6 +132,34 @@ class App:
             },
         )
         self._started = time.monotonic()
+
+    def _open_audit(self, folder: Path) -> None:
+        """Without an audit log the agent serves what needs no record, and says so."""
+        core = self._core
+        try:
+            core.audit = AuditLog(folder, core.settings.boot_id, core.clock)
+        except AgentError as error:
+            core.audit_problem = error
+            log.error("no audit log", reason=error.slug, folder=str(folder))
+
+    async def _audit(self, event: str) -> None:
+        """Put an event of the agent's own on record; what stands in the way is a state to show, not to end on."""
+        if self._core.audit is None:
+            return
+        try:
+            await self._core.audit.record(event, self._agent_digests())
+        except AgentError as error:
+            self._core.audit_problem = error
+
+    async def _audit_denials(self, *, now: bool = False) -> None:
+        """Put counted refusals on record; a write that succeeds also ends an earlier trouble."""
+        if self._core.audit is None:
+            return
+        try:
+            if await self._core.audit.flush_denials(now=now):
+                self._core.audit_problem = None
+        except AgentError as error:
+            self._core.audit_problem = error
 
     def _ak_certificate(self) -> bytes | None:
         """The configured certificate of the platform AK; before enrolment there may be none yet."""
@@ -180,6 +214,7 @@ class App:
             loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, reload.set)
         self._notifier.status("Starting")
+        await self._audit("agent-start")
         for server in self._servers:
             await server.start()
         stopped = asyncio.create_task(stop.wait())
@@ -214,6 +249,8 @@ class App:
             task.cancel()
         await asyncio.wait(tasks)
         await asyncio.gather(*(server.stop(_DRAIN_SECONDS) for server in self._servers))
+        await self._audit_denials(now=True)
+        await self._audit("agent-stop")
         await asyncio.get_running_loop().run_in_executor(None, self._tpm.close)
 
     async def _establish(self) -> None:
@@ -238,6 +275,7 @@ class App:
         while True:
             await asyncio.sleep(_STATUS_SECONDS)
             self._watchdog.feed(time.monotonic())
+            await self._audit_denials()
             await self._show()
 
     async def _probe(self) -> None:
@@ -276,7 +314,7 @@ class App:
     async def _apply(self, fresh: Config, policy: Policy) -> None:
         fixed = [
             name
-            for name in ("runtime_dir", "sockets", "tpm", "logs", "limits")
+            for name in ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "limits")
             if getattr(fresh, name) != getattr(self._started_with, name)
         ]
         self._reload_problem = f"restart to apply changes to {', '.join(fixed)}" if fixed else None
@@ -286,6 +324,7 @@ class App:
         self._policy = policy
         self._core.certify(self._ak_certificate())
         if changed:
+            await self._audit("agent-reload")
             try:
                 await self._core.reloaded(self._agent_digests())
             except AgentError as error:

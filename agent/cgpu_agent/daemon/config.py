@@ -75,6 +75,7 @@ class Config:
     log_level: LogLevel = "info"
     policy: str = DEFAULT_POLICY
     runtime_dir: str = "/run/cgpu-agent/private"
+    state_dir: str = "/var/lib/cgpu-agent"
     sockets: Sockets = field(default_factory=Sockets)
     tpm: TpmConfig = field(default_factory=TpmConfig)
     logs: Logs = field(default_factory=Logs)
@@ -170,6 +171,7 @@ def _check(config: Config) -> None:
         raise _bad("tpm.device must be device:/dev/tpmrm0 (not the raw /dev/tpm0) or swtpm:/path/of/socket")
     paths = {
         "runtime_dir": config.runtime_dir,
+        "state_dir": config.state_dir,
         "sockets.api": config.sockets.api,
         "sockets.admin": config.sockets.admin,
         "logs.boot": config.logs.boot,

@@ -30,7 +30,7 @@ from cgpu_agent.rpc.admission import DoorLimits
 from cgpu_agent.rpc.evidence import EvidenceService
 from cgpu_agent.rpc.frontdoor import FrontDoor
 from cgpu_agent.rpc.identify import Identifier
-from cgpu_agent.rpc.interceptor import Gate, current_caller
+from cgpu_agent.rpc.interceptor import Gate, Recorder, current_caller
 from cgpu_agent.rpc.measured_boot import MeasuredBootService
 
 MAX_REQUEST = 64 << 10
@@ -111,6 +111,7 @@ def guarded(
     in_flight: InFlight,
     limits: DoorLimits,
     add_services: Callable[[grpc.aio.Server], tuple[str, ...]],
+    recorder: Recorder | None = None,
 ) -> Guarded:
     """Build a server on a private socket and a door in front of it; nothing is started.
 
@@ -123,7 +124,7 @@ def guarded(
         stale.unlink()
     inner = str(private_dir / "s")
     door = FrontDoor([listener], inner, identifier, limits=limits)
-    gate = Gate(door.lookup, with_self_check(authorize), in_flight)
+    gate = Gate(door.lookup, with_self_check(authorize), in_flight, recorder)
     server = grpc.aio.server(
         interceptors=(gate,),
         options=(

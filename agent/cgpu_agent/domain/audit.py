@@ -15,6 +15,7 @@ from typing import Any
 
 from cgpu_agent.backends.base import Clock
 from cgpu_agent.domain.caller import Caller
+from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import HostileInput, Unavailable
 from cgpu_agent.wire.audit import EMPTY, MAX_RECORD, AuditHead, AuditRecord, digest_of, follow, parse_record
 
@@ -33,7 +34,8 @@ class AuditLog:
         clock: for the (untrusted) time of records.
 
     Raises:
-        Unavailable: ``AUDIT_BROKEN`` when the files do not hold one chain; an operator must look, and move them away.
+        Unavailable: ``STATE_DIRECTORY``; ``AUDIT_BROKEN`` when the files do not hold one chain: an operator must
+            look, and move them away.
     """
 
     def __init__(self, folder: Path, boot_id: str, clock: Clock) -> None:
@@ -41,6 +43,7 @@ class AuditLog:
         self._folder = folder
         self._boot_id = boot_id
         self._clock = clock
+        Store(folder)  # refuses a directory that others may enter
         self._lock = asyncio.Lock()
         self._denials: Counter[tuple[int, str, str]] = Counter()
         self._denials_since = clock.monotonic()
@@ -74,20 +77,21 @@ class AuditLog:
         last = kept[-1].read_bytes().rstrip(b"\n").rpartition(b"\n")[2]
         return AuditHead(parse_record(last).sequence, digest_of(last))
 
-    async def record(self, event: str, data: Mapping[str, Any]) -> None:
-        """Write one record and wait until it is on disk.
+    async def record(self, event: str, data: Mapping[str, Any]) -> int:
+        """Write one record, wait until it is on disk, and return its sequence number.
 
         Raises:
             Unavailable: ``AUDIT_UNAVAILABLE``: what needs its record must then not happen.
         """
-        await self._record([(event, dict(data))])
+        return await self._record([(event, dict(data))])
 
-    async def _record(self, entries: list[tuple[str, dict[str, Any]]]) -> None:
+    async def _record(self, entries: list[tuple[str, dict[str, Any]]]) -> int:
         async with self._lock:
             try:
                 await asyncio.get_running_loop().run_in_executor(None, self._append, entries)
             except OSError as error:
                 raise Unavailable("AUDIT_UNAVAILABLE", "the audit log cannot be written", retry_after=5.0) from error
+            return self.head.sequence
 
     def _append(self, entries: list[tuple[str, dict[str, Any]]]) -> None:
         lines, head, now = b"", self.head, int(self._clock.time())
@@ -126,11 +130,11 @@ class AuditLog:
         else:
             self._denials[-1, "", "OTHER"] += 1
 
-    async def flush_denials(self, *, now: bool = False) -> None:
-        """Write what was refused in the last minute, one record per caller, method and reason."""
+    async def flush_denials(self, *, now: bool = False) -> bool:
+        """Write what was refused in the last minute, a record per caller, method and reason; false if nothing was."""
         moment = self._clock.monotonic()
         if not self._denials or (not now and moment - self._denials_since < DENIAL_SECONDS):
-            return
+            return False
         self._denials_since = moment
         counted, self._denials = self._denials, Counter()
         await self._record(
@@ -139,3 +143,4 @@ class AuditLog:
                 for (uid, method, reason), count in counted.items()
             ]
         )
+        return True

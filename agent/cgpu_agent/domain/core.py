@@ -10,6 +10,7 @@ from typing import Literal
 
 from cgpu_agent.backends.base import AkAlgorithm, Clock, MeasurementLogs, Tpm
 from cgpu_agent.domain.agentlog import AgentLog
+from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.boot import MeasuredBoot
 from cgpu_agent.domain.evidence import Evidence
 from cgpu_agent.domain.keys import Keys, establish, with_certificate
@@ -53,6 +54,8 @@ REMEDIES: Mapping[str, str] = {
     "REGISTER_IN_USE": "set tpm.register to a PCR that nobody extends (10-15), or find out who is in group tss",
     "AGENT_LOG_DIVERGED": "find out what else extends the agent register (who is in group tss?), then reboot",
     "AGENT_AK": "the agent's runtime directory was emptied while the system ran; reboot the VM",
+    "AUDIT_BROKEN": "look at the files in the state directory, keep them as evidence, move them away, restart",
+    "AUDIT_UNAVAILABLE": "give the state directory to the agent's user, mode 0700, and see that the disk is not full",
     "NO_PLATFORM_AK": "set tpm.platform_ak_handle, or let the agent make a key with tpm.create_platform_ak",
     "STATE_DIRECTORY": "give the runtime directory to the agent's user, mode 0700, on a file system with room",
     "LOG_TOO_LARGE": "see what wrote so large a measurement log; no evidence is given out with a part of it",
@@ -71,6 +74,9 @@ class Core:
     store: Store
     clock: Clock
     settings: Settings
+    audit: AuditLog | None = None
+    audit_problem: AgentError | None = None
+    """Why no audit log is kept; then nothing happens that needs its record."""
     _boot: MeasuredBoot | None = None
     _evidence: Evidence | None = None
     _failure: AgentError | None = None
@@ -150,7 +156,12 @@ class Core:
                 raise
             self._failure = None
             self._evidence = Evidence(
-                boot, self.clock, boot_id=settings.boot_id, agent=agent, pcrs=settings.evidence_pcrs
+                boot,
+                self.clock,
+                boot_id=settings.boot_id,
+                agent=agent,
+                pcrs=settings.evidence_pcrs,
+                audit=self.audit,
             )
             self._boot = boot
             self.certify(self._certificate)
@@ -208,6 +219,8 @@ class Core:
         failure = self._failure if self._boot is None else self._boot.refusal or self._boot.fault
         if failure is not None:
             found.append(_problem(failure))
+        if self.audit_problem is not None:
+            found.append(_problem(self.audit_problem))
         if self._boot is None:
             return found
         try:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cgpu_agent.backends.base import Clock, TpmCommands
+from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.boot import AGENT, BootQuote, MeasuredBoot, consistent_quote
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.turns import RoundRobin
@@ -18,6 +19,7 @@ from cgpu_agent.wire.bundle import (
     MAX_STATEMENT,
     MAX_USER_DATA,
     MIN_NONCE,
+    AuditAnchor,
     Bundle,
     BundleFrame,
     LogDigest,
@@ -76,10 +78,18 @@ class Evidence:
         boot_id: the kernel's boot id.
         agent: digests of the agent's build, config and policy, and its version (``Manifest.agent``).
         pcrs: PCRs of the evidence quote; must hold the agent register.
+        audit: the audit log whose head every manifest holds.
     """
 
     def __init__(
-        self, boot: MeasuredBoot, clock: Clock, *, boot_id: str, agent: Mapping[str, str], pcrs: tuple[int, ...]
+        self,
+        boot: MeasuredBoot,
+        clock: Clock,
+        *,
+        boot_id: str,
+        agent: Mapping[str, str],
+        pcrs: tuple[int, ...],
+        audit: AuditLog | None = None,
     ) -> None:
         if boot.log.register not in pcrs:
             raise ValueError("the evidence quote must cover the agent register")
@@ -87,6 +97,7 @@ class Evidence:
         self._clock = clock
         self._boot_id = boot_id
         self.agent = dict(agent)
+        self.audit = audit
         self._selection = PcrSelection.of("sha256", pcrs)
         self._waiting: RoundRobin[_Waiting] = RoundRobin()
         self._runner: asyncio.Task[None] | None = None
@@ -164,20 +175,25 @@ class Evidence:
         self._boot.log.settle(tpm)
         agent_log = self._boot.log.data
         with self._boot.logs.systemd() as systemd_log:
-            manifest = self._manifest(tree, boot_log, systemd_log, agent_log).encode()
+            manifest = self._manifest(tree, boot_log, systemd_log, agent_log)
+            encoded = manifest.encode()
             found, attest = consistent_quote(
                 tpm,
                 self._boot.keys.agent_ak,
-                manifest_extra_data(manifest),
+                manifest_extra_data(encoded),
                 self._selection,
                 self._boot.known_pcrs,
             )
         self._boot.check_counters(attest.clock_info)
         self._boot.log.check(found.pcrs)
-        return _Collected(manifest, found, boot_log, systemd_log, agent_log)
+        if self.audit is not None and manifest.audit is not None:
+            self.audit.quoted = manifest.audit.head
+        return _Collected(encoded, found, boot_log, systemd_log, agent_log)
 
     def _manifest(self, tree: Tree, boot_log: bytes | None, systemd_log: bytes | None, agent_log: bytes) -> Manifest:
         missing: list[tuple[str, str]] = []
+        if self.audit is None:
+            missing.append(("audit-log", "none is kept"))
         if boot_log is None:
             missing.append(("boot-log", "this machine hands over no firmware log"))
         if systemd_log is None:
@@ -196,6 +212,7 @@ class Evidence:
             systemd_log=None if systemd_log is None else LogDigest.of(systemd_log),
             agent_log=LogDigest.of(agent_log),
             missing=tuple(missing),
+            audit=None if self.audit is None else AuditAnchor(self.audit.head, self.audit.quoted),
         )
 
     def _shared(self, collected: _Collected) -> Bundle:

@@ -46,6 +46,21 @@ class Connection(Protocol):
         """Raises ``Denied`` when the connecting process is gone or is not what it was."""
 
 
+class Recorder(Protocol):
+    """Keeps the record of what was decided."""
+
+    def denied(self, caller: Caller | None, method: str, reason: str) -> None:
+        """A call was refused."""
+
+    async def begins(
+        self, caller: Caller, method: str, decision: Decision
+    ) -> Callable[[str], Awaitable[None]] | None:
+        """A permitted call is about to be served; raises where that needs a record and none can be made.
+
+        Returns what to tell the gRPC code to when the call ends, or ``None`` for calls of no such weight.
+        """
+
+
 class _LogThrottle:
     """Bounds how many log lines hostile callers can cause; the counters still count every call."""
 
@@ -67,6 +82,7 @@ class Gate(grpc.aio.ServerInterceptor):
         lookup: from ``context.peer()`` to the connection, ``None`` for a peer that did not come through the door.
         authorize: decides by caller and full method name; must deny methods it does not know.
         in_flight: the callers' slots.
+        recorder: the audit log's side; ``None`` = nothing is recorded.
     """
 
     def __init__(
@@ -74,10 +90,12 @@ class Gate(grpc.aio.ServerInterceptor):
         lookup: Callable[[str], Connection | None],
         authorize: Callable[[Caller, str], Decision],
         in_flight: InFlight,
+        recorder: Recorder | None = None,
     ) -> None:
         self._lookup = lookup
         self._authorize = authorize
         self._in_flight = in_flight
+        self._recorder = recorder
         self._wrapped: dict[str, Any] = {}
         self._throttle = _LogThrottle()
         self.calls: Counter[tuple[str, str]] = Counter()
@@ -150,6 +168,7 @@ class Gate(grpc.aio.ServerInterceptor):
         """Around a handler: let nobody in who may not, hold a slot, and let no unknown error out."""
         caller: Caller | None = None
         code = grpc.StatusCode.CANCELLED
+        ended: Callable[[str], Awaitable[None]] | None = None
         try:
             connection, caller = self._identified(context)
             decision = self._authorize(caller, method)
@@ -159,6 +178,8 @@ class Gate(grpc.aio.ServerInterceptor):
                 raise Denied("NOT_ALLOWED", f"not allowed: {decision.reason}")
             _caller.set(caller)
             with self._in_flight.hold(caller.uid):
+                if self._recorder is not None:
+                    ended = await self._recorder.begins(caller, method, decision)
                 yield connection
             # The answer may be a secret: it goes to the process that asked, or to nobody.
             connection.check()
@@ -180,6 +201,8 @@ class Gate(grpc.aio.ServerInterceptor):
             )
         finally:
             self.calls[method, code.name] += 1
+            if ended is not None:
+                await ended(code.name)
 
     def _identified(self, context: Any) -> tuple[Connection, Caller]:
         connection = self._lookup(context.peer())
@@ -201,6 +224,8 @@ class Gate(grpc.aio.ServerInterceptor):
             raise DeviceFault("CALL_TIMEOUT", "the call took too long", retry_after=1.0) from None
 
     def _report(self, method: str, caller: Caller | None, error: AgentError) -> None:
+        if self._recorder is not None and isinstance(error, Denied):
+            self._recorder.denied(caller, method, error.slug)
         if not self._throttle.allow(asyncio.get_running_loop().time()):
             return
         fields: dict[str, object] = {"method": method, "reason": error.slug}

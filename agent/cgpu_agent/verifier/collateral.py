@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Final
 
 from cgpu_agent.errors import HostileInput
@@ -49,9 +50,10 @@ class Collateral:
         Raises:
             HostileInput: ``TOO_MANY_RIMS``, and what ``parse_rim``, ``load_crl`` and ``load_ocsp`` raise.
         """
-        documents = tuple(parse_rim(each) for each in rims)
-        if len(documents) > MAX_RIMS:
+        files = tuple(islice(rims, MAX_RIMS + 1))
+        if len(files) > MAX_RIMS:
             raise HostileInput("TOO_MANY_RIMS", f"more than {MAX_RIMS} RIMs")
+        documents = tuple(parse_rim(each) for each in files)
         revocation = RevocationData(
             tuple(load_crl(each) for each in crls), tuple(load_ocsp(each) for each in ocsp), max_age
         )

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire import strictjson
+from cgpu_agent.wire.audit import AuditHead
 from cgpu_agent.wire.merkle import MAX_LEAVES
 from cgpu_agent.wire.strictjson import Fields, b64
 
@@ -175,6 +176,17 @@ class LogDigest:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditAnchor:
+    """The audit log at this moment: its head, and the head that the manifest before this one held.
+
+    A relying party that keeps bundles sees from the two whether the log only ever grew (see ``wire.audit``).
+    """
+
+    head: AuditHead
+    quoted: AuditHead
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What one quote signs for every caller of a batch.
 
@@ -189,6 +201,7 @@ class Manifest:
         boot_log, systemd_log: digests, or ``None`` when the machine has no such log.
         agent_log: digest of the agent log.
         missing: (part, reason) pairs: what a reader would expect and does not get, and why.
+        audit: the audit log's heads, or ``None`` where none is kept.
     """
 
     root: bytes
@@ -202,15 +215,22 @@ class Manifest:
     systemd_log: LogDigest | None
     agent_log: LogDigest
     missing: tuple[tuple[str, str], ...]
+    audit: AuditAnchor | None = None
 
     def encode(self) -> bytes:
         def log(digest: LogDigest | None) -> dict[str, Any] | None:
             return None if digest is None else {"sha256": digest.sha256.hex(), "size": digest.size}
 
+        def head(audit: AuditHead) -> dict[str, Any]:
+            return {"digest": audit.digest.hex(), "sequence": audit.sequence}
+
         return strictjson.dumps(
             {
                 "agent": dict(self.agent),
                 "agent_ak_name": self.agent_ak_name.hex(),
+                "audit": None
+                if self.audit is None
+                else {"head": head(self.audit.head), "quoted": head(self.audit.quoted)},
                 "logs": {"agent": log(self.agent_log), "boot": log(self.boot_log), "systemd": log(self.systemd_log)},
                 "missing": [{"part": part, "reason": reason} for part, reason in self.missing],
                 "register": self.register,
@@ -232,6 +252,16 @@ def _log_digest(fields: Fields, name: str) -> LogDigest:
 
 def _optional_log_digest(fields: Fields, name: str) -> LogDigest | None:
     return None if fields.absent(name) else _log_digest(fields, name)
+
+
+def _audit(fields: Fields) -> AuditAnchor:
+    heads = []
+    for name in ("head", "quoted"):
+        entry = fields.fields(name)
+        heads.append(AuditHead(entry.integer("sequence", -1, 1 << 53), entry.hex("digest", 32, 32)))
+        entry.end()
+    fields.end()
+    return AuditAnchor(heads[0], heads[1])
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -260,6 +290,7 @@ def parse_manifest(data: bytes) -> Manifest:
         systemd_log=_optional_log_digest(logs, "systemd"),
         agent_log=_log_digest(logs, "agent"),
         missing=tuple(missing),
+        audit=None if fields.absent("audit") else _audit(fields.fields("audit")),
     )
     logs.end()
     fields.end()

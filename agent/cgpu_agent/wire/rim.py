@@ -172,13 +172,15 @@ def _golden(node: Node) -> Golden:
 
 
 def _signature(node: Node) -> tuple[bytes, ...]:
-    info, _, key = node.sequence(f"{DS}SignedInfo", f"{DS}SignatureValue", f"{DS}KeyInfo")
+    info, value, key = node.sequence(f"{DS}SignedInfo", f"{DS}SignatureValue", f"{DS}KeyInfo")
     c14n, method, reference = info.sequence(f"{DS}CanonicalizationMethod", f"{DS}SignatureMethod", f"{DS}Reference")
-    transforms, digest, _ = reference.sequence(f"{DS}Transforms", f"{DS}DigestMethod", f"{DS}DigestValue")
+    transforms, digest, digest_value = reference.sequence(f"{DS}Transforms", f"{DS}DigestMethod", f"{DS}DigestValue")
     steps = transforms.sequence(f"{DS}Transform", f"{DS}Transform")
     algorithms = tuple(_algorithm(each) for each in (c14n, method, *steps, digest))
     if algorithms != (C14N_11, ECDSA_SHA384, ENVELOPED, C14N_11, DIGEST_SHA384):
         raise node.fail("the signature is made with other algorithms than are accepted")
+    if any(not _decode(each) for each in (value, digest_value)):
+        raise node.fail("the signature is empty")
     if reference.attributes != {"URI": ""}:
         raise node.fail("the signature is not over the whole document")
     (data,) = key.sequence(f"{DS}X509Data")
@@ -203,4 +205,4 @@ def _decode(node: Node) -> bytes:
             raise ValueError
         return base64.b64decode("".join(text.split()), validate=True)
     except (ValueError, binascii.Error):
-        raise HostileInput("BAD_RIM", "RIM: a certificate is not base64") from None
+        raise HostileInput("BAD_RIM", "RIM: a certificate, signature or digest is not base64") from None

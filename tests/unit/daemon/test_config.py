@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 EVERYTHING: dict[str, Any] = {
     "log_level": "debug",
     "runtime_dir": "/run/x/private",
+    "state_dir": "/var/lib/x",
     "policy": "/etc/x/policy.cedar",
     "sockets": {"api": "/run/x/a.sock", "admin": "/run/x/b.sock"},
     "tpm": {
@@ -89,6 +90,7 @@ def test_unknown_key_of_a_table_is_named_with_its_table(table: str) -> None:
     [
         ("", "log_level", ["loud", 1, [], {}, "INFO"]),
         ("", "runtime_dir", ["", 1, "relative", "/nul\0", [], True]),
+        ("", "state_dir", ["", 1, "relative", "/nul\0", [], True]),
         ("", "policy", ["", "policy.cedar", 1, [], "/nul\0", "Default"]),
         ("sockets", "api", ["", "agent.sock", 3, "/a\0b"]),
         ("sockets", "admin", ["", "agent.sock", 3.5]),

@@ -31,6 +31,11 @@ class ManualClock:
 
 
 @pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+@pytest.fixture
 def clock() -> ManualClock:
     return ManualClock()
 
@@ -44,29 +49,29 @@ def records(folder: Path) -> tuple[list[str], AuditHead]:
     return [record.event for record in found], head
 
 
-def test_records_follow_each_other_over_restarts(tmp_path: Path, clock: ManualClock) -> None:
+def test_records_follow_each_other_over_restarts(folder: Path, clock: ManualClock) -> None:
     for number in range(3):
-        asyncio.run(opened(tmp_path, clock).record("agent-start", {"n": number}))
-    events, head = records(tmp_path)
+        asyncio.run(opened(folder, clock).record("agent-start", {"n": number}))
+    events, head = records(folder)
     assert events == ["agent-start"] * 3
     assert head.sequence == 2
-    assert opened(tmp_path, clock).head == head
+    assert opened(folder, clock).head == head
 
 
-def test_a_record_cut_short_by_a_crash_is_dropped_and_the_chain_goes_on(tmp_path: Path, clock: ManualClock) -> None:
-    asyncio.run(opened(tmp_path, clock).record("call", {}))
-    with (tmp_path / "audit.jsonl").open("ab") as file:
+def test_a_record_cut_short_by_a_crash_is_dropped_and_the_chain_goes_on(folder: Path, clock: ManualClock) -> None:
+    asyncio.run(opened(folder, clock).record("call", {}))
+    with (folder / "audit.jsonl").open("ab") as file:
         file.write(b'{"boot_id":"half a rec')
-    asyncio.run(opened(tmp_path, clock).record("call", {}))
-    assert records(tmp_path)[1].sequence == 1
+    asyncio.run(opened(folder, clock).record("call", {}))
+    assert records(folder)[1].sequence == 1
 
 
 @pytest.mark.parametrize("change", ["edit", "drop", "swap"])
-def test_refuses_a_rewritten_history(tmp_path: Path, clock: ManualClock, change: str) -> None:
-    log = opened(tmp_path, clock)
+def test_refuses_a_rewritten_history(folder: Path, clock: ManualClock, change: str) -> None:
+    log = opened(folder, clock)
     for number in range(3):
         asyncio.run(log.record("call", {"n": number}))
-    path = tmp_path / "audit.jsonl"
+    path = folder / "audit.jsonl"
     first, second, third = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(
         {
@@ -76,42 +81,42 @@ def test_refuses_a_rewritten_history(tmp_path: Path, clock: ManualClock, change:
         }[change]
     )
     with pytest.raises(Unavailable) as caught:
-        opened(tmp_path, clock)
+        opened(folder, clock)
     assert caught.value.slug == "AUDIT_BROKEN"
 
 
-def test_a_rewritten_tail_no_longer_leads_to_a_head_seen_before(tmp_path: Path, clock: ManualClock) -> None:
-    log = opened(tmp_path, clock)
+def test_a_rewritten_tail_no_longer_leads_to_a_head_seen_before(folder: Path, clock: ManualClock) -> None:
+    log = opened(folder, clock)
     asyncio.run(log.record("call", {"n": 0}))
     asyncio.run(log.record("call", {"n": 1}))
     seen = log.head
-    path = tmp_path / "audit.jsonl"
+    path = folder / "audit.jsonl"
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
-    fork = opened(tmp_path, clock)
+    fork = opened(folder, clock)
     asyncio.run(fork.record("call", {"n": 2}))
     assert fork.head.sequence == seen.sequence
     assert fork.head.digest != seen.digest
 
 
 def test_full_files_are_kept_and_the_chain_goes_on(
-    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    folder: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit_module, "MAX_FILE", 400)
-    log = opened(tmp_path, clock)
+    log = opened(folder, clock)
     for _ in range(10):
         asyncio.run(log.record("call", {}))
-    files = sorted(tmp_path.glob("audit.[0-9]*.jsonl"))
+    files = sorted(folder.glob("audit.[0-9]*.jsonl"))
     assert len(files) >= 2
-    _, head = follow(b"".join(file.read_bytes() for file in [*files, tmp_path / "audit.jsonl"]), EMPTY)
+    _, head = follow(b"".join(file.read_bytes() for file in [*files, folder / "audit.jsonl"]), EMPTY)
     assert head == log.head
-    (tmp_path / "audit.jsonl").unlink()
-    assert opened(tmp_path, clock).head.sequence < log.head.sequence
+    (folder / "audit.jsonl").unlink()
+    assert opened(folder, clock).head.sequence < log.head.sequence
 
 
 def test_what_needs_its_record_does_not_happen_without_it(
-    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    folder: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = opened(tmp_path, clock)
+    log = opened(folder, clock)
     asyncio.run(log.record("call", {"n": 0}))
 
     def full(_descriptor: int) -> None:
@@ -123,34 +128,34 @@ def test_what_needs_its_record_does_not_happen_without_it(
             asyncio.run(log.record("call", {"n": 1}))
     assert caught.value.slug == "AUDIT_UNAVAILABLE"
     asyncio.run(log.record("call", {"n": 2}))
-    assert records(tmp_path)[1] == log.head == AuditHead(1, log.head.digest)
+    assert records(folder)[1] == log.head == AuditHead(1, log.head.digest)
 
 
-def test_refusals_become_one_record_per_caller_method_and_minute(tmp_path: Path, clock: ManualClock) -> None:
-    log = opened(tmp_path, clock)
+def test_refusals_become_one_record_per_caller_method_and_minute(folder: Path, clock: ManualClock) -> None:
+    log = opened(folder, clock)
     for _ in range(5000):
         log.denied(CALLER, "/x/GetRawQuote", "NOT_ALLOWED")
     log.denied(None, "/x/GetRawQuote", "CALLER_UNKNOWN")
     asyncio.run(log.flush_denials())
-    assert not (tmp_path / "audit.jsonl").exists()
+    assert not (folder / "audit.jsonl").exists()
     clock.now += DENIAL_SECONDS
     asyncio.run(log.flush_denials())
-    found, _ = follow((tmp_path / "audit.jsonl").read_bytes(), EMPTY)
+    found, _ = follow((folder / "audit.jsonl").read_bytes(), EMPTY)
     assert [(r.data["uid"], r.data["count"]) for r in found] == [(1000, 5000), (-1, 1)]
 
 
-def test_made_up_names_cannot_grow_the_counts_without_bound(tmp_path: Path, clock: ManualClock) -> None:
-    log = opened(tmp_path, clock)
+def test_made_up_names_cannot_grow_the_counts_without_bound(folder: Path, clock: ManualClock) -> None:
+    log = opened(folder, clock)
     for number in range(3000):
         log.denied(CALLER, f"/x/{number}", "NOT_ALLOWED")
     asyncio.run(log.flush_denials(now=True))
-    found, _ = follow((tmp_path / "audit.jsonl").read_bytes(), EMPTY)
+    found, _ = follow((folder / "audit.jsonl").read_bytes(), EMPTY)
     assert len(found) <= 1025
     assert sum(record.data["count"] for record in found) == 3000
 
 
-def test_a_torn_log_is_no_log_to_a_verifier(tmp_path: Path, clock: ManualClock) -> None:
-    asyncio.run(opened(tmp_path, clock).record("call", {}))
+def test_a_torn_log_is_no_log_to_a_verifier(folder: Path, clock: ManualClock) -> None:
+    asyncio.run(opened(folder, clock).record("call", {}))
     with pytest.raises(HostileInput) as caught:
-        follow((tmp_path / "audit.jsonl").read_bytes()[:-1], EMPTY)
+        follow((folder / "audit.jsonl").read_bytes()[:-1], EMPTY)
     assert caught.value.slug == "AUDIT_TORN"

@@ -226,6 +226,13 @@ def test_what_a_policy_may_test_is_a_complete_record() -> None:
     assert workload.attrs["root"] is False
 
 
+def test_debug_mode_is_known_by_its_digest() -> None:
+    party = replace(PINNING, allow_no_boot_log=True)
+    for data, debug in ((made(**boots.with_debug_mode()), "on"), (made(boot_log=None), "unknown")):
+        facts, _ = gather(judged(data, party), "nothing", None, differs=False)
+        assert facts.debug == debug
+
+
 def test_a_caller_known_by_pid_alone_has_no_name_that_a_policy_could_test() -> None:
     # An agent never says so; a policy must not lean on it if one does.
     lying = caller(identity_strength="pid", uid=0)

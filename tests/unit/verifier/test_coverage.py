@@ -100,6 +100,12 @@ def test_of_two_command_lines_nobody_knows_which_kernel_ran() -> None:
     assert agent_coverage(result).kind == "nothing"
 
 
+def test_a_second_command_line_that_no_digest_proves_leaves_the_first_in_doubt() -> None:
+    result = judged(**boots.with_unproven_second(boots.VERITY, "/vmlinuz root=/dev/sda1"))
+    assert command_line(result).text is None
+    assert agent_coverage(result).kind == "nothing"
+
+
 def test_without_a_boot_log_there_is_no_command_line() -> None:
     party = RelyingParty(PARTY.audience, PARTY.nonce, PARTY.at, roots=PARTY.roots, allow_no_boot_log=True)
     result = judged(party, boot_log=None)

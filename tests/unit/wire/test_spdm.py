@@ -35,7 +35,7 @@ def test_reads_every_part() -> None:
 
 def test_layout_is_that_of_the_specification() -> None:
     assert REPORT[:4].hex() == "11e001ff"
-    assert REPORT[36:45].hex() == "0311600000035b0000"
+    assert REPORT[36:45].hex() == "031160000003480000"
     assert parse_report(REPORT).signed[45:52].hex() == "01013300013000"
 
 
@@ -62,7 +62,7 @@ def test_refuses_another_exchange_than_measurements_by_spdm_1_1(at: int, value: 
     [
         (HEADER, (2,), "TRAILING_BYTES"),
         (HEADER, (4,), "TRUNCATED"),
-        (HEADER + 1, (0x49,), "TRAILING_BYTES"),
+        (HEADER + 1, (0x49,), "TRUNCATED"),
         (HEADER + 3, (1,), "TRUNCATED"),
         (RECORD, (0,), "BAD_MEASUREMENT"),
         (RECORD, (255,), "BAD_MEASUREMENT"),

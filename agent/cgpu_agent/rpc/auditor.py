@@ -1,0 +1,56 @@
+"""Which calls are put on record, and what of them: those that let a caller speak as this VM, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from cgpu_agent.domain.audit import AuditLog
+from cgpu_agent.domain.caller import Caller
+from cgpu_agent.domain.policy import OPEN, Decision
+from cgpu_agent.errors import AgentError, Unavailable
+from cgpu_agent.rpc.methods import ACTIONS
+
+log = structlog.get_logger()
+
+WEIGHTY = frozenset(method for method, action in ACTIONS.items() if action not in OPEN)
+"""Methods that are denied by default: whoever is let in is put on record first."""
+
+
+class Auditor:
+    """The gate's ``Recorder``.
+
+    Args:
+        audit: the log; ``None`` where none can be kept: then weighty calls are refused.
+    """
+
+    def __init__(self, audit: AuditLog | None) -> None:
+        self._audit = audit
+
+    def denied(self, caller: Caller | None, method: str, reason: str) -> None:
+        if self._audit is not None:
+            self._audit.denied(caller, method if method in ACTIONS else "", reason)
+
+    async def begins(
+        self, caller: Caller, method: str, decision: Decision
+    ) -> Callable[[str], Awaitable[None]] | None:
+        if method not in WEIGHTY:
+            return None
+        if self._audit is None:
+            raise Unavailable("AUDIT_UNAVAILABLE", "no audit log is kept, and this call needs its record")
+        sequence = await self._audit.record(
+            "call", {"caller": caller.claims(), "method": method, "policies": list(decision.policy_ids)}
+        )
+
+        async def ended(code: str) -> None:
+            try:
+                await self._audit_outcome(sequence, code)
+            except AgentError as error:
+                log.error("the outcome of a call is not on record", of=sequence, code=code, reason=error.slug)
+
+        return ended
+
+    async def _audit_outcome(self, sequence: int, code: str) -> None:
+        if self._audit is not None:
+            await self._audit.record("call-ended", {"code": code, "of": sequence})
