@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.backends.tpm.software import Swtpm
 from fixtures.daemon import Daemon, booted_daemon
 from fixtures.machine import Machine, replay_boot

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+
 from cgpu_agent.errors import AgentError
 from cgpu_agent.rpc.addresses import bind_listener
 from cgpu_agent.rpc.admission import DoorLimits

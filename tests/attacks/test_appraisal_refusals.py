@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from cgpu_agent.cedar.engine import Policies
 from cgpu_agent.cedar.files import appraisal_schema, default_appraisal
 from cgpu_agent.verifier.appraisal import Appraisal, PartAppraisal, appraise
 from cgpu_agent.verifier.ear import ear_claims
 from cgpu_agent.verifier.evidence import RelyingParty, verify_evidence
 from cgpu_agent.verifier.reference import Reference, make_reference, parse_reference
-from cryptography.hazmat.primitives.serialization import Encoding
 from fixtures import boots
 from fixtures.attest import Signer, ecc_key, rsa_key
 from fixtures.bundles import AUDIENCE, GENUINE, PARTY, PLATFORM_AK, ROOT, made, name_of, stating

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-from fixtures.bundles import made
 
 from cgpu_agent.cli.main import main
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.wire.audit import AuditHead
 from cgpu_agent.wire.bundle import AuditAnchor
+from fixtures.bundles import made
 
 
 class StoppedClock:

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 
 import pytest
+
 from cgpu_agent.domain.evidence import Request
 from cgpu_agent.errors import Unavailable
 from cgpu_agent.verifier.evidence import EvidenceResult

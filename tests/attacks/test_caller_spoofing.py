@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.errors import Denied
 from cgpu_agent.rpc.environment import self_check_environment
 from frontdoor_kit import Kit, call, entries, needs_root, until, with_kit

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+
 from cgpu_agent.cedar.engine import Entity, Policies
 from cgpu_agent.cedar.files import agent_schema
 from cgpu_agent.domain.caller import Caller

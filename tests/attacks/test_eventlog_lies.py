@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.verifier.boot import boot_story, secure_boot
 from cgpu_agent.verifier.replay import compare, replay
 from cgpu_agent.verifier.secureboot import SecureBoot, secure_boot_payload

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier import evidence
 from cgpu_agent.verifier.evidence import EVIDENCE_CHECKS, Case, EvidenceResult, verify_evidence

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+
 from cgpu_agent.backends.base import TpmCommands
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.boot import MeasuredBoot

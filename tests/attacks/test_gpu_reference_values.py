@@ -7,11 +7,12 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from cgpu_agent.verifier import gpu as gpu_module
 from cgpu_agent.verifier.gpu import GPU_CHECKS
 from cgpu_agent.wire.spdm import Measurement
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 from fixtures.gpu import DRIVER, DRIVER_INDICES, ON, VBIOS, VBIOS_INDICES, Vendor, measurements
 from fixtures.gpujudge import GPU, RIM_STEPS, RIMS, VENDOR, Given, of, revoked, rims
 from fixtures.gpupki import SIGNER_EXTENSIONS, digest

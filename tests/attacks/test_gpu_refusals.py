@@ -7,6 +7,10 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from cgpu_agent.verifier import gpu as gpu_module
 from cgpu_agent.verifier.collateral import Collateral
 from cgpu_agent.verifier.gpu import GPU_CHECKS, verify_device
@@ -14,9 +18,6 @@ from cgpu_agent.verifier.gpucapability import Architecture
 from cgpu_agent.verifier.gpucase import DeviceEvidence
 from cgpu_agent.verifier.gpufloor import Floors
 from cgpu_agent.wire.spdm import Measurement
-from cryptography import x509
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding
 from fixtures.gpu import DRIVER, FWID, NONCE, OFF, ON, Device, Vendor, measurements
 from fixtures.gpujudge import GPU, OTHER, PARTY, RIM_STEPS, SWITCH, VENDOR, Given, chain, fields, of, revoked
 from fixtures.gpupki import SIGNER_EXTENSIONS, digest

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier import gpuset as set_module
 from cgpu_agent.verifier.collateral import Collateral

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import Action, Facts
 from cgpu_agent.rpc import peer

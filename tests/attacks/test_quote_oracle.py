@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
 from cgpu_agent.client import Agent
 from cgpu_agent.domain.policy import Action, Facts, Policy
 from cgpu_agent.errors import Denied, Misuse

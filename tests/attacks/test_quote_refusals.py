@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
+
 from cgpu_agent.verifier import quote as quote_module
 from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.verifier.quote import QUOTE_CHECKS, QuoteResult, verify_quote

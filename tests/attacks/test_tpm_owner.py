@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from cgpu_agent.backends.base import LoadedKey, TpmCommands
 from cgpu_agent.backends.tpm import keys
 from cgpu_agent.backends.tpm.commands import Commands

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.rpc.environment import self_check_environment
 from frontdoor_kit import needs_root
 

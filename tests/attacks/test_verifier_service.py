@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
 from cgpu_agent.service import config as configuration
 from cgpu_agent.service import material, nonces
 from cgpu_agent.service.judge import Judge, Refusal
 from cgpu_agent.service.replica import ReplicaKeys
 from cgpu_agent.wire import strictjson
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fixtures import bundles
 from fixtures.verifier import Verifier, bundle, certify_ak, now
 

@@ -6,6 +6,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from online import AUDIENCE, NONCE, in_turns
+from ratios import Pair, per_second
+from world import BOOT_LOG, VECTORS
+
 from cgpu_agent.verifier.evidence import RelyingParty, verify_evidence
 from cgpu_agent.verifier.keys import AttestationKey, load_attestation_key
 from cgpu_agent.verifier.quote import verify_quote
@@ -13,11 +19,6 @@ from cgpu_agent.verifier.replay import replay
 from cgpu_agent.wire import eventlog
 from cgpu_agent.wire.bundle import parse_bundle
 from cgpu_agent.wire.tpm import parse_signature
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from online import AUDIENCE, NONCE, in_turns
-from ratios import Pair, per_second
-from world import BOOT_LOG, VECTORS
 
 _RATE = "/s"
 

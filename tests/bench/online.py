@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ratios import Pair, per_second, seconds_each
+from world import AK_HANDLE, HEALTH, Daemon, Helper, RawTpm, quote_and_read, swtpm_with_boot
+
 from cgpu_agent.api.v1 import evidence_pb2, measured_boot_pb2
 from cgpu_agent.backends.base import AkAlgorithm
 from cgpu_agent.backends.tpm.software import Swtpm
 from cgpu_agent.client import Agent
-from ratios import Pair, per_second, seconds_each
-from world import AK_HANDLE, HEALTH, Daemon, Helper, RawTpm, quote_and_read, swtpm_with_boot
 
 NONCE = bytes(range(32))
 AUDIENCE = "bench"

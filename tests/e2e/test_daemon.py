@@ -13,6 +13,9 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from cgpu_agent.client import Agent
 from cgpu_agent.client.calls import Identity, Measured, Quote
 from cgpu_agent.errors import Denied, Exhausted, Misuse, Unavailable
@@ -26,8 +29,6 @@ from fixtures.daemon import Daemon, booted_daemon
 from fixtures.machine import AUDIENCE, BOOT_LOG, judge
 from fixtures.policies import permit
 from fixtures.workload import ask
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 pytestmark = pytest.mark.swtpm
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.api.v1 import admin_pb2
 from cgpu_agent.client import Agent
 from cgpu_agent.errors import AgentError, Denied, Unavailable

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from cgpu_agent.api.v1 import admin_pb2
 from cgpu_agent.errors import AgentError, Unavailable
 from fixtures.daemon import Daemon, booted_daemon
 from fixtures.machine import AUDIENCE, judge, replay_boot
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 pytestmark = pytest.mark.swtpm
 

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from cgpu_agent.client import Agent
 from cgpu_agent.verifier.ekclass import ek_class_of
 from cgpu_agent.verifier.keys import key_of
 from cgpu_agent.wire.tpm import parse_public_any
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 from fixtures.daemon import Daemon, booted_daemon
 from fixtures.pki import Authority
 from fixtures.verifier import AUDIENCE, PATIENCE, Verifier, certify_ek, claims, current_root, fresh_nonce, running

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from cgpu_agent.errors import Unavailable
 from cgpu_agent.rpc.addresses import adopt_listener, bind_listener
 from cgpu_agent.rpc.admission import DoorLimits

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
+
 from fixtures.attest import quote
 from fixtures.bundles import AGENT_AK, AUDIENCE, BOOT_LOG, GENUINE, NONCE, ROOT
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
 from cgpu_agent.service import config as configuration
 from cgpu_agent.service import material, nonces
 from cgpu_agent.service.material import Material
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fixtures.verifier import AUDIENCE, PATIENCE, Verifier, bundle, certify_ak, free_port
 
 ROLE = Path(__file__).resolve().parents[2] / "docs" / "recipes" / "openbao-role.json"

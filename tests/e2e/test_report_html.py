@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.cedar.engine import Policies
 from cgpu_agent.cedar.files import appraisal_schema, default_appraisal
 from cgpu_agent.cli.verify import not_proven

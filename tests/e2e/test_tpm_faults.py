@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+
 from cgpu_agent.backends.base import LoadedKey, TpmCommands
 from cgpu_agent.backends.tpm import keys
 from cgpu_agent.backends.tpm.commands import Commands

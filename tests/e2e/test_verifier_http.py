@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from cgpu_agent.service import keygen
 from fixtures.verifier import (
     AUDIENCE,

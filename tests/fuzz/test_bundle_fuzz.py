@@ -10,6 +10,12 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.evidence import EvidenceResult, verify_evidence
 from cgpu_agent.verifier.keys import load_attestation_key
@@ -17,9 +23,6 @@ from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.bundle import Bundle, parse_bundle, parse_manifest, parse_statement
 from cgpu_agent.wire.cel import parse_agent_log, parse_systemd_log
 from cgpu_agent.wire.tpm import ALG_ECDSA, parse_signature
-from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from cryptography.hazmat.primitives.serialization import Encoding
 from fixtures.attest import Signer, ecc_key, tpm2b, u16
 from fixtures.bundles import (
     AGENT_AK,
@@ -34,8 +37,6 @@ from fixtures.bundles import (
     name_of,
     statement,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def load(data: bytes) -> object:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from cgpu_agent.cedar.engine import Policies, problems
 from cgpu_agent.cedar.files import agent_schema, default_policy
 from cgpu_agent.cedar.text import Malformed, split
@@ -11,8 +14,6 @@ from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import OPEN, Action, Facts, Policy
 from cgpu_agent.domain.policy_lint import lint
 from cgpu_agent.errors import Misuse
-from hypothesis import given
-from hypothesis import strategies as st
 
 GRANTS = """
 @id("unit") permit(principal is CGpu::Workload, action == CGpu::Action::"boot.measure", resource)

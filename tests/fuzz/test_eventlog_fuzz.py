@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.boot import BootStory, boot_story
 from cgpu_agent.verifier.explain_boot import to_json
@@ -24,8 +27,6 @@ from cgpu_agent.wire.uefi import (
     parse_variable,
 )
 from fixtures.eventlogs import header, record
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDINGS = tuple(

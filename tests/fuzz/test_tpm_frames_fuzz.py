@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from cgpu_agent.backends.base import TpmCommands
 from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.backends.tpm.record import Exchange, Recorder, Replayer, load_exchanges
 from cgpu_agent.errors import DeviceFault, HostileInput
 from cgpu_agent.wire.tpm import PcrSelection
 from fixtures.swtpm import running_swtpm
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 AK = 0x81000003
 NV = 0x01C101D0

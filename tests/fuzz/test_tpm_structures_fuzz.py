@@ -6,6 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.certificate import AK, EK, load_certificate, load_certificates
 from cgpu_agent.verifier.chain import verify_chain
@@ -13,11 +17,8 @@ from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.verifier.quote import verify_quote
 from cgpu_agent.wire import tpm
 from cgpu_agent.wire.der import is_pem, pem_blocks, trim_der
-from cryptography.hazmat.primitives.serialization import Encoding
 from fixtures.attest import Signer, attest, certify, ecc_key, public_area, quote, rsa_key, selection, tpm2b, values
 from fixtures.pki import NOW, Authority
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SAMPLE = Path(__file__).resolve().parent.parent / "vectors" / "vm-boot" / "quote-sample"
 MESSAGE, SIGNATURE = (SAMPLE / "quote.msg").read_bytes(), (SAMPLE / "quote.sig").read_bytes()

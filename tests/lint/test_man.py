@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from cgpu_agent.cli.parser import build_parser
 from cgpu_agent.daemon import __main__ as daemon
 from cgpu_agent.daemon.config import Config

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.daemon import config as configuration
 from cgpu_agent.daemon.config import Config
 from cgpu_agent.domain.policy import Action

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.daemon.__main__ import EXIT_CONFIG
 from cgpu_agent.daemon.config import Config
 

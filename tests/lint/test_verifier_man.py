@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.service.__main__ import STOP_SECONDS, build_parser
 from cgpu_agent.service.app import Service
 from cgpu_agent.service.config import load

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from cgpu_agent.service import config as configuration
 from cgpu_agent.service.__main__ import EXIT_CONFIG, STOP_SECONDS
 from cgpu_agent.service.config import Config, Limits

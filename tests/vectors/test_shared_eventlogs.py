@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.boot import boot_story, secure_boot
 from cgpu_agent.verifier.explain_boot import best_bank, to_json

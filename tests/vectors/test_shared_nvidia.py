@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.certificate import load_certificates
 from cgpu_agent.verifier.collateral import Collateral

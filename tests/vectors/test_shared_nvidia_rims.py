@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from cgpu_agent.verifier.certificate import load_certificates
 from cgpu_agent.verifier.gpuchain import NVIDIA_RIM_ROOT, NVIDIA_RIM_ROOTS, PinnedRoots, spki_digest
 from cgpu_agent.verifier.gpueat import eat

@@ -9,6 +9,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicNumbers
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.certificate import AK, EK, load_certificate, load_certificates
 from cgpu_agent.verifier.chain import verify_chain
@@ -16,7 +18,6 @@ from cgpu_agent.verifier.endorsement import endorse
 from cgpu_agent.verifier.keys import AttestationKey, certificate_from_der, load_attestation_key
 from cgpu_agent.verifier.quote import QuoteResult, verify_quote
 from cgpu_agent.wire.tpm import PcrSelection, Quoted, parse_attest
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicNumbers
 
 AZURE = {
     "generic-tpm-trustee": set(range(24)),

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.backends import logs as logs_module
 from cgpu_agent.backends.logs import MAX_LOG, SystemLogs
 from cgpu_agent.errors import Unavailable

@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 import pytest
+
 from cgpu_agent.cedar.engine import Decision, Entity, Policies, problems
 from cgpu_agent.cedar.files import agent_schema, default_policy
 from cgpu_agent.errors import Misuse

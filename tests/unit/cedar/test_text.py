@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from cgpu_agent.cedar.text import MAX_BYTES, MAX_DEPTH, MAX_TOKENS, Malformed, check_ids, split
 
 

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from cgpu_agent.verifier.reference import parse_reference
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from joserfc import jwk, jwt
+
+from cgpu_agent.verifier.reference import parse_reference
 from fixtures import boots
 from fixtures.bundles import AUDIENCE, GENUINE, NONCE, PLATFORM_AK, made, name_of
 from fixtures.ctl import PASS, REFUSED, USAGE, Ctl
-from joserfc import jwk, jwt
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 PEM = KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.bundle import MAX_BUNDLE
 from fixtures.bundles import (

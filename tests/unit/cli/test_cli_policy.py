@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.cedar import files
 from cgpu_agent.cli.main import main
 from cgpu_agent.domain.policy import OPEN, Action, Policy

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
+
 from fixtures.attest import AK_ATTRIBUTES, Signer, ecc_key, quote, rsa_key, tpm2b
 from fixtures.bundles import (
     AGENT_AK,

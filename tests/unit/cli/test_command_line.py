@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.cli.parser import build_parser
 from fixtures.ctl import PASS, USAGE, Ctl
 

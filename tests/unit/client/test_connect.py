@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from cgpu_agent.client import Admin, Agent, AsyncAgent
 from cgpu_agent.client.connect import DEFAULT_ADMIN_SOCKET, DEFAULT_SOCKET, find_socket, unreachable
 from cgpu_agent.errors import AgentError, Misuse, Unavailable

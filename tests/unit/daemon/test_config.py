@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cgpu_agent.daemon.config import DEFAULT_POLICY, MAX_FILE, Config, load, parse
-from cgpu_agent.errors import Misuse
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cgpu_agent.daemon.config import DEFAULT_POLICY, MAX_FILE, Config, load, parse
+from cgpu_agent.errors import Misuse
 
 EVERYTHING: dict[str, Any] = {
     "log_level": "debug",

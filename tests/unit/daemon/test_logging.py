@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
-from cgpu_agent.daemon.logging import configure, render
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cgpu_agent.daemon.logging import configure, render
 
 FORGERIES = [
     "x\n<0>forged event uid=0",

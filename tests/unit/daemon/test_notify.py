@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+
 from cgpu_agent.daemon.notify import Notifier, passed_descriptors
 from fixtures.ear import Ear
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.cedar.files import default_policy
 from cgpu_agent.daemon.config import Config
 from cgpu_agent.daemon.policy import load_policy

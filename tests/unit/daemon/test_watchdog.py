@@ -7,6 +7,7 @@ import math
 import time
 
 import pytest
+
 from cgpu_agent.backends.tpm.owner import TpmOwner
 from cgpu_agent.backends.tpm.software import Swtpm
 from cgpu_agent.daemon.notify import Notifier

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.backends.base import TpmCommands
 from cgpu_agent.domain.agentlog import MAX_CALLER_RECORDS, MAX_CALLER_RECORDS_EACH, AgentLog, CallerRecords
 from cgpu_agent.domain.keys import establish

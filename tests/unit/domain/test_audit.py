@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.domain import audit as audit_module
 from cgpu_agent.domain.audit import DENIAL_SECONDS, AuditLog
 from cgpu_agent.domain.caller import Caller

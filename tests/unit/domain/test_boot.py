@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable
 
 import pytest
+
 from cgpu_agent.backends.base import LoadedKey, Signed, TpmCommands
 from cgpu_agent.domain.boot import BootQuote, consistent_quote, selection_of
 from cgpu_agent.domain.core import Core

@@ -7,13 +7,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from cgpu_agent.backends.base import TpmCommands
 from cgpu_agent.backends.logs import MAX_LOG
 from cgpu_agent.domain.core import REMEDIES, Core, is_final
 from cgpu_agent.domain.keys import AK_CERTIFICATE_INDEX
 from cgpu_agent.errors import AgentError, DeviceFault, HostileInput, Misuse, Unavailable
 from cgpu_agent.verifier.keys import load_attestation_key
-from cryptography.hazmat.primitives.serialization import Encoding
 from fixtures.machine import AGENT, REGISTER, WORKLOAD, Machine, judge, request
 from fixtures.pki import NOW, Authority
 

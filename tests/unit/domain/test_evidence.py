@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import pytest
+
 from cgpu_agent.backends.base import TpmCommands
 from cgpu_agent.domain.core import Core
 from cgpu_agent.domain.evidence import MAX_BATCH, Evidence, Request

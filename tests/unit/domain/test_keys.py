@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 
 import pytest
+
 from cgpu_agent.backends.base import KeyBlob, TpmCommands
 from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.domain.agentlog import AgentLog

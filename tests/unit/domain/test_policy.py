@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+
 from cgpu_agent.cedar.files import agent_schema, default_policy
 from cgpu_agent.domain.policy import OPEN, Action, Decision, Facts, Policy, workload
 from cgpu_agent.errors import Misuse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from cgpu_agent.cedar.files import default_policy
 from cgpu_agent.domain.policy_lint import lint
 from cgpu_agent.errors import Misuse

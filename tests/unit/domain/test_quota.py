@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+
 from cgpu_agent.domain.quota import InFlight
 from cgpu_agent.errors import Exhausted
 

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import Unavailable
 

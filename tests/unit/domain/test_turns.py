@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from cgpu_agent.domain.turns import RoundRobin, Turns
 from cgpu_agent.errors import Exhausted
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from cgpu_agent.api.v1 import errors_pb2
 from cgpu_agent.client.connect import translate
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, Exhausted, HostileInput, Misuse, Unavailable

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.errors import AgentError
 from cgpu_agent.rpc.addresses import PrivateDirectory, adopt_listener, bind_listener
 

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import OPEN, Action, Decision

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from cgpu_agent.rpc.cgroups import NO_NAMES, TrustedNames, cgroup2_mount, cgroup2_path, owner_in, trusted_names
 
 ID = "0123456789abcdef" * 4

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.errors import AgentError, Denied
 from cgpu_agent.rpc import peer
 from cgpu_agent.rpc.environment import IdentityCapabilities, self_check_environment

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 import structlog
+
 from cgpu_agent.api.v1 import errors_pb2
 from cgpu_agent.daemon.logging import configure
 from cgpu_agent.daemon.servers import Guarded, guarded

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+
 from cgpu_agent.api.v1 import (
     admin_pb2,
     admin_pb2_grpc,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
+
 from cgpu_agent.rpc.pump import Flow, Moved
 
 Ends = tuple[socket.socket, Flow, socket.socket]

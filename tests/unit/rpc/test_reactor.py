@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+
 from cgpu_agent.rpc.reactor import Reactor
 
 

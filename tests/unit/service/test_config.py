@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
 from cgpu_agent.errors import Misuse
 from cgpu_agent.service import config as configuration
 from cgpu_agent.service import material
 from cgpu_agent.service.config import Config, Enrol, Limits, Token, Trust
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from fixtures.verifier import Verifier
 
 LEAST = 'audience = "https://verifier.example"\n[keys]\nreplica = "/k/replica"\nsigning = ["/k/signing"]\n'

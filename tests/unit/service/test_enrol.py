@@ -8,6 +8,10 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+
 from cgpu_agent.errors import AgentError, HostileInput, Misuse, Unavailable
 from cgpu_agent.service import enrol, keygen
 from cgpu_agent.service.enrol import Challenge, EkRoots, Enrolment, Request
@@ -19,9 +23,6 @@ from cgpu_agent.verifier.ekclass import EkClass, ek_class_of
 from cgpu_agent.verifier.endorsement import endorse
 from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.wire.tpm import ObjectAttributes
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from fixtures.activate import SoftEk
 from fixtures.attest import AK_ATTRIBUTES, Signer, ecc_key, rsa_key
 from fixtures.pki import EK_EKU, NOW, Authority, usage

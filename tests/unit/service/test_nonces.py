@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.service import nonces, replica
 from cgpu_agent.service.replica import ReplicaKeys
-from hypothesis import given
-from hypothesis import strategies as st
 
 KEYS = ReplicaKeys((b"k" * 32,))
 AUDIENCE = "https://verifier.example"

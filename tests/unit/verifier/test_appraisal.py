@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+
 from cgpu_agent.cedar.engine import Policies, problems
 from cgpu_agent.cedar.files import appraisal_schema, default_appraisal
 from cgpu_agent.errors import Misuse

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.boot import BootStory, Statement, boot_story, secure_boot
 from cgpu_agent.verifier.eventproof import prove

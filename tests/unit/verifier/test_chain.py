@@ -7,15 +7,16 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from cgpu_agent.errors import AgentError, HostileInput, Misuse
-from cgpu_agent.verifier.certificate import AK, EK, Purpose, load_certificate, load_certificates
-from cgpu_agent.verifier.chain import MAX_CERTIFICATES, MAX_SIGNATURES, CertificatePath, verify_chain
-from cgpu_agent.wire.der import MAX_PEM_BLOCKS
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store
+
+from cgpu_agent.errors import AgentError, HostileInput, Misuse
+from cgpu_agent.verifier.certificate import AK, EK, Purpose, load_certificate, load_certificates
+from cgpu_agent.verifier.chain import MAX_CERTIFICATES, MAX_SIGNATURES, CertificatePath, verify_chain
+from cgpu_agent.wire.der import MAX_PEM_BLOCKS
 from fixtures.pki import (
     AK_EKU,
     AK_EXTENSIONS,

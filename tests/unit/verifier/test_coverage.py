@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from cgpu_agent.verifier.coverage import Coverage, agent_coverage, command_line
 from cgpu_agent.verifier.evidence import EvidenceResult, RelyingParty, verify_evidence
 from cgpu_agent.wire import eventlog

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from cgpu_agent.errors import AgentError, HostileInput, Misuse
 from cgpu_agent.verifier.credential import make_credential
 from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.wire.tpm import ALG_AES, ALG_CFB, ObjectAttributes, Public, RsaKey, parse_public
-from cryptography.hazmat.primitives.asymmetric import ec
 from fixtures.attest import AK_ATTRIBUTES, Signer, ecc_key, public_area, rsa_key, u16
 
 EK_ATTRIBUTES = (

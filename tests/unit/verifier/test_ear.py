@@ -9,18 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from joserfc import jwk, jwt
+from joserfc.errors import BadSignatureError
+
 from cgpu_agent.cedar.engine import Policies
 from cgpu_agent.cedar.files import appraisal_schema, default_appraisal
 from cgpu_agent.errors import Misuse
 from cgpu_agent.verifier.appraisal import PARTS, appraise
 from cgpu_agent.verifier.ear import SigningKey, ear_claims, key_thumbprint, sign_ear
 from cgpu_agent.verifier.evidence import RelyingParty, verify_evidence
-from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fixtures.attest import rsa_key
 from fixtures.bundles import GENUINE, NONCE, PARTY, caller, stating
-from joserfc import jwk, jwt
-from joserfc.errors import BadSignatureError
 
 POLICY = Policies.load(default_appraisal(), appraisal_schema(), "policy")
 ARGUMENTS: dict[str, Any] = {

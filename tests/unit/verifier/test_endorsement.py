@@ -6,11 +6,12 @@ import json
 from datetime import timedelta
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.endorsement import Endorsement, endorse
 from cgpu_agent.verifier.keys import AttestationKey, load_attestation_key
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 from fixtures.attest import Signer, ecc_key, rsa_key
 from fixtures.pki import NOW, Authority
 

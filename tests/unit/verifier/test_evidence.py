@@ -6,13 +6,14 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from cgpu_agent.errors import Misuse
 from cgpu_agent.verifier.evidence import EvidenceResult, RelyingParty, verify_evidence
 from cgpu_agent.verifier.verdict import Outcome
 from cgpu_agent.wire import eventlog
 from cgpu_agent.wire.bundle import parse_manifest
 from cgpu_agent.wire.tpm import extend
-from cryptography.hazmat.primitives.serialization import Encoding
 from fixtures.attest import Signer, ecc_key, rsa_key
 from fixtures.bundles import (
     AUDIENCE,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
+
 from cgpu_agent.errors import Misuse
 from cgpu_agent.verifier import gpuchain
 from cgpu_agent.verifier.collateral import Collateral

@@ -5,12 +5,13 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from cgpu_agent.errors import HostileInput
-from cgpu_agent.verifier.fwid import certified_fwid
-from cgpu_agent.verifier.gpuchain import PinnedRoots, device_identity, spki_digest, verify_pinned_chain
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA384
+
+from cgpu_agent.errors import HostileInput
+from cgpu_agent.verifier.fwid import certified_fwid
+from cgpu_agent.verifier.gpuchain import PinnedRoots, device_identity, spki_digest, verify_pinned_chain
 from fixtures.gpu import FWID, composite_device_id, fwid_der, tcb_info, tlv
 from fixtures.gpujudge import GPU, VENDOR, chain
 from fixtures.gpupki import CA_EXTENSIONS, SIGNER_EXTENSIONS, Signer

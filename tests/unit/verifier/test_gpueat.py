@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from cryptography import x509
+
 from cgpu_agent.verifier.collateral import Collateral
 from cgpu_agent.verifier.gpucase import DeviceEvidence, GpuParty
 from cgpu_agent.verifier.gpueat import eat
 from cgpu_agent.verifier.gpufloor import Floors
 from cgpu_agent.verifier.gpuset import verify_devices
 from cgpu_agent.wire import strictjson
-from cryptography import x509
 from fixtures.gpu import DRIVER, NONCE, SWITCH_BIOS, VBIOS
 from fixtures.gpujudge import GPU, OTHER, PARTY, RIMS, SWITCH, VENDOR, Given, fields, of
 from fixtures.gpupki import Signer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.gpumeasure import NVDEC_INDEX, Comparison, compare
 from cgpu_agent.wire.rim import Golden, Rim

@@ -6,16 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
 from cgpu_agent.errors import AgentError, HostileInput, Misuse
 from cgpu_agent.verifier.keys import AttestationKey, load_attestation_key, require_restricted, same_key
 from cgpu_agent.verifier.quote import verify_quote
 from cgpu_agent.verifier.signature import verify_signature
 from cgpu_agent.verifier.verdict import Outcome
 from cgpu_agent.wire.tpm import ALG_RSAPSS, HASH_SIZES, ObjectAttributes
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fixtures.attest import AK_ATTRIBUTES, Signer, ecc_key, public_area, quote, rsa_key, tpm2b, values
 
 PCRS = values((0, 4, 7))

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.verifier.evidence import EvidenceResult, verify_evidence
 from cgpu_agent.verifier.reference import (
@@ -17,7 +19,6 @@ from cgpu_agent.verifier.reference import (
     make_reference,
     parse_reference,
 )
-from cryptography.hazmat.primitives.serialization import Encoding
 from fixtures import boots
 from fixtures.attest import Signer, ecc_key
 from fixtures.bundles import GENUINE, PARTY, PLATFORM_AK, RECORDED_PCRS, ROOT, made, name_of

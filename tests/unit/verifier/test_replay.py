@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.replay import EXIT_BOOT_SERVICES, PHASE_WORDS, PcrResult, compare, replay, startup_locality
 from cgpu_agent.wire.eventlog import EventLog, parse

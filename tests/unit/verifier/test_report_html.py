@@ -11,6 +11,8 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from cgpu_agent.cedar.engine import Policies
 from cgpu_agent.cedar.files import appraisal_schema, default_appraisal
 from cgpu_agent.cli.verify import not_proven
@@ -19,7 +21,6 @@ from cgpu_agent.verifier.evidence import RelyingParty, verify_evidence
 from cgpu_agent.verifier.html import Markup, escape, tag
 from cgpu_agent.verifier.reference import make_reference, parse_reference
 from cgpu_agent.verifier.report_html import report
-from cryptography.hazmat.primitives.serialization import Encoding
 from fixtures import boots
 from fixtures.attest import rsa_key
 from fixtures.bundles import GENUINE, PARTY, PLATFORM_AK, caller, made, name_of, statement

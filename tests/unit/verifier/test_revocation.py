@@ -6,15 +6,16 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import ocsp
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.collateral import Collateral
 from cgpu_agent.verifier.gpu import verify_device
 from cgpu_agent.verifier.gpuchain import verify_pinned_chain
 from cgpu_agent.verifier.revocation import CertificateStatus, RevocationData, chain_status, load_crl, load_ocsp
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509 import ocsp
 from fixtures.gpujudge import GPU, OTHER, PARTY, RIMS, VENDOR, of
 from fixtures.gpupki import CA_EXTENSIONS, SIGNER_EXTENSIONS, Signer
 from fixtures.gpurevocation import RESPONDER_EXTENSIONS, crl, ocsp_response

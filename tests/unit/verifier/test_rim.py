@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.collateral import MAX_RIMS, Collateral
 from cgpu_agent.verifier.rim import RIM_CHECKS, RimResult, verify_rim

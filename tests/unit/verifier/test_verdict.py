@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.verdict import Check, Outcome, Skip, Step, Steps
 

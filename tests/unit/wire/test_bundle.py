@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.bundle import (

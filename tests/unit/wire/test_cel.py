@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.cel import MAX_CONTENT, MAX_LOG, MAX_RECORDS, Record, parse_agent_log, parse_systemd_log

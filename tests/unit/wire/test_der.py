@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire.der import MAX_DER, MAX_PEM_BLOCKS, is_pem, pem_blocks, trim_der
 

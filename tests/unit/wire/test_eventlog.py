@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire.eventlog import MAX_EVENTS, MAX_LOG_SIZE, parse
 from fixtures.eventlogs import (

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire.gpuevidence import EvidenceItem, encode_evidence, parse_evidence
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire.merkle import MAX_LEAVES, Tree, leaf_hash, root_from_path
 

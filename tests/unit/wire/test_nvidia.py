@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire.nvidia import Field, encode_fields, parse_gpu, parse_switch
 from fixtures.gpu import DRIVER, FWID, OFF, ON, SWITCH_BIOS, VBIOS, Vendor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire.rim import DS, MAX_RIM, parse_rim, parse_signed
 from cgpu_agent.wire.xmlsafe import parse_xml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire.spdm import Measurement, encode_signed, parse_report
 

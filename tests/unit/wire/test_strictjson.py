@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire.strictjson import MAX_DEPTH, Fields, b64, dumps, loads
 

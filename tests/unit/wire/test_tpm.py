@@ -6,10 +6,11 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from cgpu_agent.errors import HostileInput
-from cgpu_agent.wire import tpm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+
+from cgpu_agent.errors import HostileInput
+from cgpu_agent.wire import tpm
 from fixtures.attest import (
     AK_ATTRIBUTES,
     Signer,

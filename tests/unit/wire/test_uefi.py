@@ -6,6 +6,7 @@ import struct
 import uuid
 
 import pytest
+
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire.devicepath import parse_device_path, parse_image_load, parse_load_option
 from cgpu_agent.wire.eventtypes import type_name

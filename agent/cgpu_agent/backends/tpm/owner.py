@@ -195,7 +195,8 @@ def _failed(fault: DeviceFault, job: _Job, *, started: bool = True) -> DeviceFau
     """The error of a job that stopped in its middle."""
     if job.idempotent or not started:
         return fault
-    unknown = DeviceFault(fault.slug, fault.message, retry_after=fault.retry_after, outcome_unknown=True)
+    # Without a time to retry: a client that repeats it by itself may do it twice.
+    unknown = DeviceFault(fault.slug, fault.message, outcome_unknown=True)
     unknown.__cause__ = fault
     return unknown
 

@@ -215,11 +215,11 @@ def fits_socket_address(path: str) -> bool:
 
 def timed_out() -> DeviceFault:
     """Build the error of every expired deadline."""
-    return DeviceFault("TPM_TIMEOUT", "the TPM did not answer in time")
+    return DeviceFault("TPM_TIMEOUT", "the TPM did not answer in time", retry_after=1.0)
 
 
 def _io(message: str) -> DeviceFault:
-    return DeviceFault("TPM_IO", message)
+    return DeviceFault("TPM_IO", message, retry_after=1.0)
 
 
 def _left(deadline: float) -> float:

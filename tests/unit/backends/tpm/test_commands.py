@@ -6,6 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from tpm2_pytss import TPM2B_PUBLIC, utils
+
 from cgpu_agent.backends.base import AkAlgorithm, KeyBlob, LoadedKey
 from cgpu_agent.backends.tpm import keys, raw
 from cgpu_agent.backends.tpm.commands import Commands
@@ -24,9 +28,6 @@ from cgpu_agent.wire.tpm import (
     parse_signature,
     pcr_digest,
 )
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from tpm2_pytss import TPM2B_PUBLIC, utils
 
 pytestmark = pytest.mark.swtpm
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+
 from cgpu_agent.backends.base import TpmCommands
 from cgpu_agent.backends.tpm import owner as owner_module
 from cgpu_agent.backends.tpm.owner import TpmOwner

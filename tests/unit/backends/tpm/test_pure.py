@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from tpm2_pytss import TPM2B_PUBLIC, utils
+
 from cgpu_agent.backends.base import AkAlgorithm
 from cgpu_agent.backends.tpm import answers, keys
 from cgpu_agent.backends.tpm.faults import TpmFault, from_library, slug_of
 from cgpu_agent.errors import HostileInput
-from tpm2_pytss import TPM2B_PUBLIC, utils
 
 PROPERTY = bytes.fromhex("00000006 00000001 00000105 4d534654")
 

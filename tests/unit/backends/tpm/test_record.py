@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+
 from cgpu_agent.backends.tpm.record import Recorder, Replayer, dump_exchanges, load_exchanges
 from cgpu_agent.backends.tpm.transport import UnixPerCommand
 from cgpu_agent.errors import DeviceFault, HostileInput

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.backends.tpm import raw
 from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.backends.tpm.software import Swtpm

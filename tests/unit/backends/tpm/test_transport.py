@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from cgpu_agent.backends.tpm.record import Replayer
 from cgpu_agent.backends.tpm.transport import Device, UnixPerCommand, converse, open_tpm, response_code
 from cgpu_agent.errors import DeviceFault, Misuse
