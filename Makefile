@@ -1,11 +1,12 @@
 # "make help" lists every target; the two that matter are "make demo" and "make test".
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench fuzz install uninstall dist clean
+.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench campaign install uninstall dist clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 PREFIX ?= /usr
 DESTDIR ?=
+MUTANTS ?= 100000
 SOURCES := agent tests packaging
 
 help: ## list the targets
@@ -52,7 +53,8 @@ generate: ## generate the gRPC stubs from protos/
 bench: dev ## measure; ratios on the terminal, numbers in build/bench.json
 	$(BIN)/python tests/bench/bench.py
 
-fuzz: dev ## fuzz every parser for long (FUZZ_EXAMPLES=20000)
+campaign: dev ## 100,000 mutants of evidence bundles, none may be accepted (MUTANTS=n), and every flipped byte of GPU reports
+	cd tests && ../$(BIN)/python -m fuzz.campaign --mutants $(MUTANTS)
 	HYPOTHESIS_PROFILE=campaign $(BIN)/python -m pytest tests/fuzz
 
 install: ## install units, configuration, man pages and completions (DESTDIR, PREFIX); the package itself by pip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def test_no_altered_evidence_passes(report: bytes, chain: bytes) -> None:
     assert result.refusal is None or result.refusal.slug != "INTERNAL"
     if result.accepted:
         assert report == GPU.report() or report[:-96] == GPU.report()[:-96]
-        assert load_certificates(chain) == load_certificates(GPU.chain)
+        assert certified(load_certificates(chain)) == certified(load_certificates(GPU.chain))
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,26 +120,35 @@ def sweep_report(evidence: DeviceEvidence, judge: GpuParty) -> list[int]:
     ]
 
 
+def certified(certificates: Iterable[x509.Certificate]) -> list[bytes]:
+    """What issuers signed. The signature itself has several encodings, in certificates as in ECDSA."""
+    return [each.tbs_certificate_bytes for each in certificates]
+
+
 def sweep_chain(evidence: DeviceEvidence, judge: GpuParty) -> list[int]:
-    """Where a flip is accepted although it changed a certificate."""
-    good = load_certificates(evidence.chain)
+    """Where a flip is accepted although it changed what an issuer signed."""
+    good = certified(load_certificates(evidence.chain))
     return [
         at
         for at, chain in flips(evidence.chain)
-        if verify_device(DeviceEvidence(evidence.report, chain), judge).accepted and load_certificates(chain) != good
+        if verify_device(DeviceEvidence(evidence.report, chain), judge).accepted
+        and certified(load_certificates(chain)) != good
     ]
 
 
 def sweep_rim(document: bytes, roots: PinnedRoots, moment: datetime) -> list[int]:
-    """Where a flip is accepted although it changed what the manifest says, or who signed it."""
+    """Where a flip is accepted although it changed what the manifest says, or what certifies its signer."""
     good = verify_rim(document, roots=roots, at=moment).verified
     assert good is not None
+    signer = certified(each.certificate for each in good.path.facts)
     bad = []
     for at, flipped in flips(document):
         judged = verify_rim(flipped, roots=roots, at=moment)
         assert judged.refusal is None or judged.refusal.slug != "INTERNAL", at
         found = judged.verified
-        if found is not None and (found.rim, found.path.path) != (good.rim, good.path.path):
+        if found is None:
+            continue
+        if found.rim != good.rim or certified(each.certificate for each in found.path.facts) != signer:
             bad.append(at)
     return bad
 
