@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
@@ -136,6 +136,90 @@ class Tpm(Protocol):
 
     def close(self) -> None:
         """Stop the owner; jobs in the queue fail with ``TPM_CLOSED``. Idempotent."""
+
+
+GpuArchitecture = Literal["ampere", "hopper", "blackwell", "other"]
+MultiGpuMode = Literal["none", "protected-pcie", "nvle", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuInfo:
+    """What driver and device say of one GPU. Not evidence: no NVIDIA signature covers the modes.
+
+    ``None`` = this device or driver has no such thing; that is an answer, not a failure.
+    """
+
+    uuid: str
+    """``GPU-...``, as the driver names it."""
+    bdf: str
+    """PCI address, ``0000:01:00.0``, lower case."""
+    model: str
+    architecture: GpuArchitecture
+    driver: str
+    vbios: str
+    cc: bool | None
+    """Confidential computing is on."""
+    cc_environment: str | None
+    """``prod``, ``sim`` or ``unavailable``."""
+    dev_tools: bool | None
+    multi_gpu: MultiGpuMode
+    protected_memory: int | None
+    """Bytes."""
+    key_rotation_threshold: int | None
+    """Bytes encrypted under one key before the driver rotates it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuEvidence:
+    """A device's own words, to be judged elsewhere."""
+
+    report: bytes
+    """SPDM GET_MEASUREMENTS request and MEASUREMENTS response, as NVML gives them."""
+    chain: bytes
+    """PEM certificates, leaf first."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuEvent:
+    """Something happened to the devices; whoever trusts them must look again."""
+
+    kind: Literal["appeared", "vanished", "driver-reloaded", "xid", "watch-lost"]
+    bdf: str | None
+    detail: str
+
+
+class Gpus(Protocol):
+    """All GPUs of this VM behind one driver. Calls are serialised per device by the backend.
+
+    Every method raises ``DeviceFault``: ``GPU_TIMEOUT``, ``GPU_LOST``, ``GPU_DRIVER`` (the driver does not answer or was
+    replaced), ``GPU_ERROR`` for the rest; ``Unavailable`` ``GPU_UNSUPPORTED`` where the device has no such thing.
+    """
+
+    kind: Literal["nvml", "software", "none"]
+
+    async def pci(self, *, timeout: float) -> tuple[str, ...]:
+        """PCI addresses of every NVIDIA GPU and switch that the kernel sees (sysfs), whatever the driver says."""
+
+    async def list(self, *, timeout: float) -> tuple[GpuInfo, ...]:
+        """The GPUs that the driver sees."""
+
+    async def evidence(self, uuid: str, nonce: bytes, *, timeout: float) -> GpuEvidence:
+        """A fresh report over 32 bytes of nonce, and the device's certificate chain."""
+
+    async def ready(self, *, timeout: float) -> bool | None:
+        """The system-wide ready state: whether GPUs accept work. ``None`` = there is no such state here."""
+
+    async def set_ready(self, ready: bool, *, timeout: float) -> None:
+        """Set it. Clearing must work whenever the driver does."""
+
+    def events(self) -> AsyncIterator[GpuEvent]:
+        """Events from now on, without end; ``watch-lost`` when some may have been missed."""
+
+    def heartbeat_age(self, now: float) -> float:
+        """As ``Tpm.heartbeat_age``: the oldest of the device threads."""
+
+    def close(self) -> None:
+        """Stop. Idempotent; does not touch the ready state."""
 
 
 class MeasurementLogs(Protocol):
