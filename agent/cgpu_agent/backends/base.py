@@ -191,8 +191,8 @@ class GpuEvent:
 class Gpus(Protocol):
     """All GPUs of this VM behind one driver. Calls are serialised per device by the backend.
 
-    Every method raises ``DeviceFault``: ``GPU_TIMEOUT``, ``GPU_LOST``, ``GPU_DRIVER`` (the driver does not answer or was
-    replaced), ``GPU_ERROR`` for the rest; ``Unavailable`` ``GPU_UNSUPPORTED`` where the device has no such thing.
+    Every method raises ``DeviceFault``: ``GPU_TIMEOUT``, ``GPU_LOST``, ``GPU_DRIVER`` (the driver does not answer or
+    was replaced), ``GPU_ERROR`` for the rest; ``Unavailable`` ``GPU_UNSUPPORTED`` where the device has no such thing.
     """
 
     kind: Literal["nvml", "software", "none"]
