@@ -68,12 +68,15 @@ install: ## install units, configuration, man pages and completions (DESTDIR, PR
 	install -D -m 644 agent/cgpu_agent/cedar/default.cedar $(DESTDIR)$(PREFIX)/share/cgpu-agent/policy.cedar
 	install -D -m 644 docs/man/cgpuctl.1 $(DESTDIR)$(PREFIX)/share/man/man1/cgpuctl.1
 	install -D -m 644 docs/man/cgpu-agent.8 $(DESTDIR)$(PREFIX)/share/man/man8/cgpu-agent.8
+	install -m 644 systemd/cgpu-verifier.service $(DESTDIR)$(PREFIX)/lib/systemd/system/
+	install -D -m 644 systemd/cgpu-verifier.toml $(DESTDIR)/etc/cgpu-verifier/config.toml
+	install -D -m 644 docs/man/cgpu-verifier.8 $(DESTDIR)$(PREFIX)/share/man/man8/cgpu-verifier.8
 	install -D -m 644 docs/man/cgpu-agent.toml.5 $(DESTDIR)$(PREFIX)/share/man/man5/cgpu-agent.toml.5
 
 uninstall: ## remove what "install" installed, but the configuration
-	rm -rf $(addprefix $(DESTDIR)$(PREFIX)/lib/systemd/system/,cgpu-agent.service cgpu-agent.socket cgpu-agent-admin.socket cgpu-agent.service.d dev-tpmrm0.device.d/50-cgpu-agent.conf)
+	rm -rf $(addprefix $(DESTDIR)$(PREFIX)/lib/systemd/system/,cgpu-agent.service cgpu-agent.socket cgpu-agent-admin.socket cgpu-verifier.service cgpu-agent.service.d dev-tpmrm0.device.d/50-cgpu-agent.conf)
 	rm -f $(DESTDIR)$(PREFIX)/lib/sysusers.d/cgpu-agent.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/cgpu-agent.conf $(DESTDIR)$(PREFIX)/share/cgpu-agent/policy.cedar
-	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/man/,man1/cgpuctl.1 man8/cgpu-agent.8 man5/cgpu-agent.toml.5)
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/man/,man1/cgpuctl.1 man8/cgpu-agent.8 man8/cgpu-verifier.8 man5/cgpu-agent.toml.5)
 
 dist: dev ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .

@@ -21,6 +21,11 @@ from fixtures.pki import Authority
 from fixtures.verifier import AUDIENCE, PATIENCE, Verifier, certify_ek, claims, current_root, fresh_nonce, running
 
 EK_CERTIFICATE_INDEX = 0x01C00002
+ACTIVATE = f"""
+@id("enrol")
+permit (principal, action == CGpu::Action::"boot.activate_credential", resource)
+when {{ principal.uid == {os.geteuid()} }};
+"""
 POLICY = """
 @id("all-parts")
 permit (principal, action == CGpu::Action::"require", resource == CGpu::Part::"platform");
@@ -44,7 +49,7 @@ def agent() -> Iterator[Daemon]:
     """An agent whose callers may activate credentials, before its first enrolment."""
     with booted_daemon() as made:
         made.tables["tpm"] += f'\nak_certificate = "{made.folder}/ak.der"'
-        made.grants = f'[[grant]]\naction = "boot.activate_credential"\nuid = {os.geteuid()}'
+        made.grants = ACTIVATE
         made.start()
         yield made
 
@@ -116,7 +121,7 @@ def test_a_simulators_ek_never_makes_more_than_a_simulation(agent: Daemon, verif
 
 def test_the_certificate_in_the_tpm_is_found(verifier: Verifier) -> None:
     with booted_daemon() as agent:
-        agent.grants = f'[[grant]]\naction = "boot.activate_credential"\nuid = {os.geteuid()}'
+        agent.grants = ACTIVATE
         agent.start()
         der = rsa_ek_certificate(agent, verifier.ek_root)
         agent.stop()

@@ -277,7 +277,7 @@ def _ak(commands: _Commands[argparse.ArgumentParser]) -> None:
         "enrol",
         help="get an AK certificate from a verifier service",
         description="Show a verifier service that the platform AK is in one TPM with an EK that it trusts, and get a "
-        "short-lived certificate. Needs the grant boot.activate_credential.",
+        "short-lived certificate. The agent must permit you boot.activate_credential.",
     )
     parser.add_argument("--url", required=True, metavar="URL", help="the service: https, or http to this machine")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where to write it (DER)")
