@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -11,6 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from cgpu_agent.verifier import gpu as gpu_module
+from cgpu_agent.verifier.collateral import Collateral
 from cgpu_agent.verifier.gpu import GPU_CHECKS
 from cgpu_agent.wire.spdm import Measurement
 from fixtures.gpu import DRIVER, DRIVER_INDICES, ON, VBIOS, VBIOS_INDICES, Vendor, measurements
@@ -83,6 +85,22 @@ def older_issue_beside_the_newer_one() -> Given:
 def two_issues_of_one_moment() -> Given:
     other = VENDOR.rim(goldens={index: (digest("other"),) for index in DRIVER_INDICES})
     return rims(GOOD_DRIVER, other, GOOD_VBIOS)
+
+
+def store_that_lies(*documents: bytes, **claimed: str) -> Given:
+    """A store that was filled by other means than reading files, and says what its files do not."""
+    given = rims(*documents)
+    first, second = given.party.collateral.rims
+    lie = replace(first, claimed=replace(first.claimed, **claimed))  # type: ignore[arg-type]
+    return Given(given.evidence, replace(given.party, collateral=Collateral((lie, second))))
+
+
+def store_that_lies_about_a_version() -> Given:
+    return store_that_lies(VENDOR.rim("550.144.03"), GOOD_VBIOS, version=DRIVER)
+
+
+def store_that_lies_about_an_edition() -> Given:
+    return store_that_lies(VENDOR.rim(edition="SWITCH"), GOOD_VBIOS, edition="GPU")
 
 
 def firmware_values_of_a_switch() -> Given:
@@ -158,6 +176,8 @@ ATTACKS: dict[Callable[[], Given], tuple[str, str]] = {
     altered_version: ("gpu.driver-rim", "RIM_DIGEST_MISMATCH"),
     signature_by_another_key: ("gpu.driver-rim", "BAD_RIM_SIGNATURE"),
     older_issue_beside_the_newer_one: ("gpu.measurements", "MEASUREMENT_MISMATCH"),
+    store_that_lies_about_a_version: ("gpu.driver-rim", "RIM_VERSION_MISMATCH"),
+    store_that_lies_about_an_edition: ("gpu.driver-rim", "RIM_VERSION_MISMATCH"),
     two_issues_of_one_moment: ("gpu.driver-rim", "AMBIGUOUS_RIM"),
     firmware_values_of_a_switch: ("gpu.firmware-rim", "NO_RIM"),
     signer_on_hold: ("gpu.rim-revocation", "CERTIFICATE_REVOKED"),

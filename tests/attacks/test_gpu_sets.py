@@ -12,12 +12,13 @@ from cgpu_agent.verifier import gpuset as set_module
 from cgpu_agent.verifier.collateral import Collateral
 from cgpu_agent.verifier.gpucapability import Architecture
 from cgpu_agent.verifier.gpucase import DeviceEvidence, GpuParty
+from cgpu_agent.verifier.gpuchain import PinnedRoots
 from cgpu_agent.verifier.gpufloor import Floors
 from cgpu_agent.verifier.gpureport import set_json, warnings
 from cgpu_agent.verifier.gpuset import SET_CHECKS, SetResult, verify_devices
 from cgpu_agent.wire.nvidia import Field
 from cgpu_agent.wire.spdm import Measurement
-from fixtures.gpu import Device, measurements
+from fixtures.gpu import ON, Device, Vendor, measurements
 from fixtures.gpujudge import GPU, OTHER, PARTY, SWITCH, VENDOR, Given, fields, of
 from fixtures.gpupki import digest
 
@@ -39,10 +40,15 @@ def same_device_twice() -> SetResult:
 
 
 def same_device_with_new_firmware() -> SetResult:
-    """Another leaf certificate, so another serial number and ueid; the boot ROM is the same."""
-    leaf = GPU.leaf.certificate
-    again = GPU.signers[1].issue("GH100 A01 FMC LF", [(each.value, each.critical) for each in leaf.extensions])
+    """Another leaf: other serial number, key, ueid and even name. Its boot ROM is the same."""
+    other = VENDOR.device().leaf.certificate
+    again = GPU.signers[1].issue("GH100 A01 FMC LF", [(each.value, each.critical) for each in other.extensions])
     return together(GPU, Device(GPU.chip, (again, *GPU.signers[1:]), GPU.pdi))
+
+
+def two_devices_of_one_name() -> SetResult:
+    twin = VENDOR.device(name=f"NVIDIA:GH100:{GPU.pdi.hex().upper()}")
+    return together(GPU, twin)
 
 
 def bad() -> Given:
@@ -105,7 +111,24 @@ def gpu_of_another_baseboard() -> SetResult:
 
 
 def switch_that_lies_about_itself() -> SetResult:
-    return bent_board(11, lambda switch, given: (switch, given | {Field.SWITCH_PDIS_OR_DEVICE_PDI: bytes(range(8))}))
+    """Every GPU is linked to the switch by the identifier that it gives itself, which is not its own."""
+    devices = VENDOR.baseboard()
+    own, false = devices[-1][0].pdi, bytes(range(8))
+
+    def lie(value: bytes) -> bytes:
+        return value.replace(own, false).replace(own[::-1], false[::-1])
+
+    bent = [(each, {number: lie(value) for number, value in given.items()}) for each, given in devices]
+    return verify_devices([DeviceEvidence(each.report(fields=given), each.chain) for each, given in bent], PARTY)
+
+
+def lone_gpu_in_protected_pcie_mode() -> SetResult:
+    """By a driver that reports the mode in one field only."""
+    return verify_devices([fields(PROTECTED_PCIE_STATUS=ON, FEATURE_FLAG=None).evidence], PARTY)
+
+
+def switch_beside_gpus_that_need_none() -> SetResult:
+    return together(GPU, SWITCH)
 
 
 def link_to_an_unattested_switch() -> SetResult:
@@ -121,11 +144,14 @@ ATTACKS: dict[Callable[[], SetResult], tuple[str, str]] = {
     one_bad_device_among_good_ones: ("set.devices", "MEASUREMENT_MISMATCH"),
     same_device_twice: ("set.distinct", "DUPLICATE_DEVICE"),
     same_device_with_new_firmware: ("set.distinct", "DUPLICATE_DEVICE"),
+    two_devices_of_one_name: ("set.distinct", "DUPLICATE_DEVICE"),
     one_gpu_hidden: ("set.count", "WRONG_COUNT"),
     a_switch_counted_as_a_gpu: ("set.count", "WRONG_COUNT"),
     reports_of_different_moments: ("set.one-answer", "NONCE_MISMATCH"),
     gpus_in_two_modes: ("set.mode", "MIXED_MODES"),
     seven_of_eight_gpus: ("set.topology", "PPCIE_INCOMPLETE"),
+    lone_gpu_in_protected_pcie_mode: ("set.topology", "PPCIE_INCOMPLETE"),
+    switch_beside_gpus_that_need_none: ("set.topology", "TOPOLOGY"),
     baseboard_without_switches: ("set.topology", "PPCIE_INCOMPLETE"),
     switch_of_another_baseboard: ("set.topology", "TOPOLOGY"),
     gpu_of_another_baseboard: ("set.topology", "TOPOLOGY"),
@@ -168,6 +194,17 @@ def test_without_its_step_the_set_would_pass(
     remaining = tuple(check for check in SET_CHECKS if check.id != step)
     monkeypatch.setattr(set_module, "SET_CHECKS", remaining)
     assert attack().accepted
+
+
+def test_a_simulated_device_does_not_hide_among_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both roots are trusted, a verdict on the whole must not call a part of it real."""
+    software = Vendor()
+    (real,) = VENDOR.device_roots.spki
+    monkeypatch.setattr("cgpu_agent.verifier.gpucase.NVIDIA_DEVICE_ROOT", real)
+    both = replace(PARTY, device_roots=PinnedRoots(VENDOR.device_roots.spki | software.device_roots.spki))
+    fake = software.device()
+    result = verify_devices([of(GPU).evidence, DeviceEvidence(fake.report(), fake.chain)], both)
+    assert refused(result) == ("set.one-answer", "MIXED_ROOTS")
 
 
 def test_an_ampere_among_good_devices_makes_the_whole_unverifiable() -> None:

@@ -36,9 +36,8 @@ DEVICE_CHAIN_LENGTH: Final = 5
 
 _KNOWN_CRITICAL: Final = frozenset({ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE})
 _DEVICE_NAME_OID: Final = x509.ObjectIdentifier("1.3.6.1.4.1.412.274.1")  # DMTF: device information
-_DEVICE_NAME = re.compile(
-    rb"\x0c(?P<length>.)(?P<text>NVIDIA:(?P<chip>[A-Z0-9_]{2,8}):(?P<id>[0-9A-F]{16}))", re.DOTALL
-)
+_DEVICE_NAME = re.compile(rb"\x0c.NVIDIA:(?P<chip>[A-Z0-9_]{2,8}):(?P<id>[0-9A-F]{16})", re.DOTALL)
+"""A DER UTF8String, whose length X.509 parsing has checked."""
 _SERIAL_SIZE: Final = 9  # of the boot ROM's certificate: a type byte, then the device's PDI
 
 
@@ -209,6 +208,6 @@ def _device_name(leaf: x509.Certificate) -> tuple[str, str]:
     if len(found) != 1:
         raise HostileInput("BAD_DEVICE_NAME", "the leaf certificate does not name exactly one device")
     match = _DEVICE_NAME.fullmatch(found[0].value)
-    if match is None or match["length"][0] != len(match["text"]):
+    if match is None:
         raise HostileInput("BAD_DEVICE_NAME", "the device's name in the leaf certificate is malformed")
     return match["chip"].decode("ascii"), match["id"].decode("ascii")

@@ -108,7 +108,7 @@ def _judge_signature(case: _Case) -> str:
         case.signed = _verify_xml(case).signed_data
     except InvalidDigest:
         case.signed = None  # SignedInfo was signed; that it is about another document is for the next step to say
-    except (SignXMLException, etree.XMLSyntaxError, ValueError) as error:
+    except (SignXMLException, etree.LxmlError, ValueError) as error:
         raise HostileInput("BAD_RIM_SIGNATURE", "SignedInfo is not signed by the certified key") from error
     return "ECDSA P-384 with SHA-384 over SignedInfo"
 

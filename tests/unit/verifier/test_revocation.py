@@ -14,7 +14,7 @@ from cryptography.x509 import ocsp
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.collateral import Collateral
 from cgpu_agent.verifier.gpu import verify_device
-from cgpu_agent.verifier.gpuchain import verify_pinned_chain
+from cgpu_agent.verifier.gpuchain import PinnedRoots, verify_pinned_chain
 from cgpu_agent.verifier.revocation import CertificateStatus, RevocationData, chain_status, load_crl, load_ocsp
 from fixtures.gpujudge import GPU, OTHER, PARTY, RIMS, VENDOR, of
 from fixtures.gpupki import CA_EXTENSIONS, SIGNER_EXTENSIONS, Signer
@@ -62,15 +62,13 @@ def test_a_fresh_crl_of_the_issuer_that_does_not_list_it_is_good() -> None:
 
 def test_the_root_may_sign_a_crl_whatever_its_certificate_says() -> None:
     """Its key is what is pinned, and not every certificate of NVIDIA's root key has cRLSign."""
-    bare = Signer.root("bare root")
-    key = bare.key
+    bare = Signer.root("bare root", (CA_EXTENSIONS[0], (usage("key_cert_sign"), True)))
     family = bare.issue("family")
     leaf = family.issue("leaf", SIGNER_EXTENSIONS)
     certificates = [leaf.certificate, family.certificate, bare.certificate]
-    path = verify_pinned_chain(
-        certificates, roots=VENDOR.device_roots.of([bare.certificate]), length=range(3, 4), at=NOW
-    )
-    data = RevocationData((load_crl(crl(Signer(key, bare.certificate))),))
+    roots = PinnedRoots.of([bare.certificate])
+    path = verify_pinned_chain(certificates, roots=roots, length=range(3, 4), at=NOW)
+    data = RevocationData((load_crl(crl(bare)),))
     assert chain_status(path, [1], data, NOW)[0].status == "good"
 
 
@@ -99,6 +97,8 @@ def test_the_judges_own_age_limit_holds_against_a_long_next_update() -> None:
     paper = crl(PROVISIONER, this_update=NOW - timedelta(days=8), next_update=NOW + timedelta(days=90))
     assert status(crls=(paper,), days=9).status == "good"
     assert said(status(crls=(paper,), days=7)) == ("unknown", "crl", "stale")
+    ended = crl(PROVISIONER, this_update=NOW - timedelta(days=8), next_update=NOW - timedelta(days=1))
+    assert said(status(crls=(ended,), days=90)) == ("unknown", "crl", "stale")
 
 
 def test_a_crl_of_another_issuer_says_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -87,6 +88,12 @@ def test_refuses_a_signature_value_of_another_kind(value: bytes, step: str) -> N
     assert refused(document) == (step, "BAD_RIM" if step == "rim.format" else "BAD_RIM_SIGNATURE")
 
 
+def test_what_has_no_canonical_form_is_refused() -> None:
+    """A relative namespace name, which canonical XML does not know."""
+    document = RIM.replace(b'xmlns:ns1="https:', b'xmlns:nsx="relative" xmlns:ns1="https:')
+    assert refused(document) == ("rim.signature", "BAD_RIM_SIGNATURE")
+
+
 def test_a_signed_document_inside_another_is_refused() -> None:
     """Signature wrapping: the good document travels along, and the values come from elsewhere."""
     evil = Manifest(DRIVER, goldens={index: (digest("malware"),) for index in DRIVER_INDICES}).unsigned()
@@ -106,6 +113,19 @@ def test_the_signer_must_be_certified_by_the_pinned_root() -> None:
 def test_the_moment_of_judgement_must_be_within_the_signers_validity() -> None:
     assert refused(RIM, at=NOW + timedelta(days=366)) == ("rim.chain", "CERTIFICATE_EXPIRED")
     assert refused(RIM, at=NOW - timedelta(days=366)) == ("rim.chain", "CERTIFICATE_NOT_YET_VALID")
+
+
+def test_the_machines_own_clock_decides_nothing() -> None:
+    old = VENDOR.rim(not_before=NOW - timedelta(days=300), not_after=NOW - timedelta(days=200))
+    assert judge(old, at=NOW - timedelta(days=250)).verified is not None
+
+
+def test_what_a_document_claims_is_never_handed_out() -> None:
+    document = parse_rim(RIM)
+    lying = replace(document, claimed=replace(document.claimed, version="999.0", goldens=()))
+    verified = verify_rim(lying, roots=VENDOR.rim_roots, at=NOW).verified
+    assert verified is not None
+    assert verified.rim == document.claimed
 
 
 def test_a_ca_may_not_sign_values_itself() -> None:
