@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -107,6 +108,10 @@ def test_no_name_stays_in_the_directory() -> None:
     with_kit(scenario)
 
 
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "--user", "true"], capture_output=True).returncode != 0,
+    reason="user namespaces cannot be made here",
+)
 def test_root_of_a_users_own_namespace_is_that_user() -> None:
     async def scenario(kit: Kit) -> None:
         assert (await kit.ask("who", uid=1234, namespace=True))["uid"] == 1234
