@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import select
 import socket
@@ -36,8 +35,17 @@ _PROC_FILE_LIMIT = 64 * 1024
 _STAT_START_TIME = 19
 """Place of ``starttime`` (field 22) behind the command name, which ends field 2."""
 
-# PyDLL keeps the GIL: with DONT_SYNC the call does not wait, and giving the GIL away costs more than the call.
-_libc_statx = getattr(ctypes.PyDLL(None, use_errno=True), "statx", None)
+# PyDLL keeps the GIL: the three calls made through it never wait (statx with DONT_SYNC, poll with no time-out, this
+# ioctl), each is made for every RPC, and giving the GIL away and getting it back costs many times the call.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_libc_statx = getattr(_libc, "statx", None)
+_libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+
+
+class _PollFd(ctypes.Structure):
+    """``struct pollfd``."""
+
+    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +114,18 @@ def pidfd(sock: socket.socket) -> int:
 
 def has_exited(fd: int) -> bool:
     """Whether the process of this pidfd is dead (a zombie is)."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
+    watched = _PollFd(fd, select.POLLIN, 0)
+    count: int = _libc.poll(ctypes.byref(watched), 1, 0)
+    if count < 0:
+        raise OSError(ctypes.get_errno(), "poll")
+    return bool(count)
 
 
 def pidfd_info(fd: int) -> PidfdInfo | None:
     """``PIDFD_GET_INFO``; ``None`` before Linux 6.13, for a dead process, or where any part of it is not given."""
-    raw = bytearray(_PIDFD_INFO.size)
+    raw = ctypes.create_string_buffer(_PIDFD_INFO.size)
     struct.pack_into("=Q", raw, 0, _PIDFD_INFO_WANTED)
-    try:
-        fcntl.ioctl(fd, _PIDFD_GET_INFO, raw)
-    except OSError:
+    if _libc.ioctl(fd, _PIDFD_GET_INFO, raw) != 0:
         return None
     mask, cgroup_id, _pid, tgid, _ppid, *ids, _exit = _PIDFD_INFO.unpack(raw)
     if mask & _PIDFD_INFO_WANTED != _PIDFD_INFO_WANTED:
