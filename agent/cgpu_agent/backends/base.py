@@ -166,7 +166,7 @@ class GpuInfo:
     protected_memory: int | None
     """Bytes."""
     key_rotation_threshold: int | None
-    """Bytes encrypted under one key before the driver rotates it."""
+    """Attacker-advantage exponent (50-65) at which the driver rotates its link keys; not bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,8 @@ class Gpus(Protocol):
     """All GPUs of this VM behind one driver. Calls are serialised per device by the backend.
 
     Every method raises ``DeviceFault``: ``GPU_TIMEOUT``, ``GPU_LOST``, ``GPU_DRIVER`` (the driver does not answer or
-    was replaced), ``GPU_ERROR`` for the rest; ``Unavailable`` ``GPU_UNSUPPORTED`` where the device has no such thing.
+    was replaced), ``GPU_CLOSED``, ``GPU_ERROR`` for the rest; ``Unavailable`` ``GPU_QUEUE_FULL``, and
+    ``GPU_UNSUPPORTED`` where the device has no such thing.
     """
 
     kind: Literal["nvml", "software", "none"]

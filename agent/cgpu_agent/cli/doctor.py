@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import grp
 import platform
 import pwd
 import re
-import shutil
 import ssl
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cgpu_agent.cli import output
+
+if TYPE_CHECKING:
+    from cgpu_agent.backends.base import GpuInfo
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -203,21 +205,44 @@ def _driver(_arguments: argparse.Namespace) -> list[Finding]:
                 "GPU driver", "warn", "not the open kernel module", "confidential computing needs nvidia-open drivers"
             )
         )
-    return found + _ready_state()
+    return found + _gpus()
 
 
-def _ready_state() -> list[Finding]:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return [Finding("GPU ready state", "warn", "unknown: nvidia-smi is not installed", "install nvidia-utils")]
+def _gpus() -> list[Finding]:
     try:
-        answer = subprocess.run(  # noqa: S603 - a fixed command line
-            [program, "conf-compute", "-grs"], capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return [Finding("GPU ready state", "fail", "nvidia-smi does not answer", "see dmesg for NVRM messages")]
-    line = " ".join((answer.stdout or answer.stderr).split())[:120]
-    return [Finding("GPU ready state", "ok" if answer.returncode == 0 else "warn", line or "no answer")]
+        from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus  # noqa: PLC0415 - not in a verifier's install
+    except ModuleNotFoundError:
+        return [Finding("GPUs", "warn", "not checked: the daemon is not installed here")]
+    from cgpu_agent.errors import AgentError  # noqa: PLC0415
+
+    async def ask() -> tuple[tuple[str, ...], tuple[GpuInfo, ...], bool | None]:
+        gpus = NvmlGpus()
+        try:
+            return await gpus.pci(timeout=5), await gpus.list(timeout=30), await gpus.ready(timeout=10)
+        finally:
+            gpus.close()
+
+    try:
+        plugged, found, ready = asyncio.run(ask())
+    except AgentError as error:
+        return [Finding("GPUs", "fail", error.message, "see dmesg for NVRM messages")]
+    if plugged and not found:
+        return [
+            Finding("GPUs", "fail", f"the driver lists none of {', '.join(plugged)}", "see dmesg for NVRM messages")
+        ]
+    state = {None: "there is none here", True: "the GPUs accept work", False: "the GPUs accept no work (yet)"}[ready]
+    return [*(_mode(gpu) for gpu in found), Finding("GPU ready state", "ok", state)]
+
+
+def _mode(gpu: GpuInfo) -> Finding:
+    name = f"{gpu.bdf} {gpu.model}"
+    if not gpu.cc:
+        remedy = "have the host turn it on and reset the GPU"
+        return Finding("GPUs", "warn", f"{name}: confidential computing is not on", remedy)
+    if gpu.dev_tools is not False:
+        remedy = "whoever debugs it sees everything: have the host turn developer tools off"
+        return Finding("GPUs", "fail", f"{name}: confidential computing, but with developer tools", remedy)
+    return Finding("GPUs", "ok", f"{name}: confidential computing is on, says the driver; no signature covers that")
 
 
 def _agent(arguments: argparse.Namespace) -> list[Finding]:

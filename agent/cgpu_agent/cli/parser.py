@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     _eventlog(commands)
     _quote(commands)
     _gpu(commands)
+    _platform(commands)
     _ak(commands)
     _policy(commands)
     _audit(commands)
@@ -232,9 +233,24 @@ def _quote(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.set_defaults(module="quote")
 
 
+def _gpu_sessions(verbs: _Commands[argparse.ArgumentParser]) -> None:
+    told = {
+        "list": ("list the GPUs of this VM", "Say whether the GPUs are trusted, and why not. Not evidence."),
+        "attest": ("have the GPUs attested now", "Attest all GPUs now, or join the attestation that is running."),
+        "watch": ("tell every change of the GPUs", "Print the GPUs now and after each change, until interrupted."),
+    }
+    for verb, (short, long) in told.items():
+        status = "" if verb == "watch" else " Exit status: 0 all trusted and ready, 1 otherwise."
+        parser = verbs.add_parser(verb, help=short, description=long + status)
+        _socket(parser, "the agent's socket", "CGPU_AGENT_SOCKET")
+        _json(parser)
+        parser.set_defaults(module="gpusession")
+
+
 def _gpu(commands: _Commands[argparse.ArgumentParser]) -> None:
-    group = commands.add_parser("gpu", help="judge GPU attestation", description="Attestation of NVIDIA GPUs.")
+    group = commands.add_parser("gpu", help="the GPUs, and their attestation", description="Attestation of GPUs.")
     verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    _gpu_sessions(verbs)
     parser = verbs.add_parser(
         "verify",
         help="judge GPU and NVSwitch reports offline",
@@ -268,6 +284,31 @@ def _gpu(commands: _Commands[argparse.ArgumentParser]) -> None:
     _json(form)
     form.add_argument("--eat", action="store_true", help="print claims as in NVIDIA's tokens, unsigned")
     parser.set_defaults(module="gpu")
+
+
+def _platform(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser("platform", help="who vouches for a vTPM", description="Who vouches for a vTPM.")
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    parser = verbs.add_parser(
+        "verify",
+        help="judge the platform below a vTPM offline",
+        description="Say who vouches for the vTPM of an Azure VM: AMD or Intel under a known paravisor, the cloud, "
+        "or nobody. Needs no network. Exit status: 0 somebody does, 1 nobody or refused.",
+    )
+    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
+    parser.add_argument("--report", type=Path, metavar="FILE", help="HCL report, bare SNP report or bare TD quote")
+    parser.add_argument("--claims", type=Path, metavar="FILE", help="runtime claims beside a bare report")
+    parser.add_argument("--td-quote", type=Path, metavar="FILE", help="TD quote over the report's TDREPORT")
+    parser.add_argument("--vcek", help="VCEK or VLEK, its CA, AMD's root (PEM or DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--ak", type=Path, metavar="FILE", help="the platform AK in question, as for quote verify")
+    parser.add_argument("--ak-certificate", type=Path, metavar="FILE", help="its certificate (PEM or DER)")
+    parser.add_argument("--ca", help="CA certificates of Azure's vTPMs, the root among them", **files)  # type: ignore[arg-type]
+    parser.add_argument(
+        "--floor", action="append", default=[], metavar="NAME=NUMBER", help="lowest security version to accept"
+    )
+    parser.add_argument("--at", metavar="RFC3339", help="judge certificates at this time (default: now)")
+    _json(parser)
+    parser.set_defaults(module="platform")
 
 
 def _ak(commands: _Commands[argparse.ArgumentParser]) -> None:

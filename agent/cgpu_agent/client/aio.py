@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import grpc
 
+from cgpu_agent.api.v1 import gpus_pb2
 from cgpu_agent.client import calls
 from cgpu_agent.client.connect import CHANNEL_OPTIONS, STUBS, find_socket, translate
 
@@ -92,3 +93,31 @@ class AsyncAgent:
     async def activate_credential(self, ek: Literal["rsa", "ecc"], credential_blob: bytes, secret: bytes) -> bytes:
         """Open a credential made for this VM's EK and platform AK. Denied unless granted."""
         return await self._run(calls.activate_credential(ek, credential_blob, secret))
+
+    async def list_gpus(self) -> gpus_pb2.GpuSet:
+        """The GPUs, and what the agent makes of them; not evidence."""
+        return await self._run(calls.list_gpus())
+
+    async def get_gpu_report(self, uuid: str, nonce: bytes) -> calls.GpuReport:
+        """A GPU's report whose nonce names you and ``nonce`` (8-64 bytes)."""
+        return await self._run(calls.get_gpu_report(uuid, nonce))
+
+    async def get_raw_gpu_report(self, uuid: str, nonce: bytes) -> calls.GpuReport:
+        """A GPU's report over ``nonce`` (32 bytes) verbatim. Denied unless ``gpu.raw_report`` was granted."""
+        return await self._run(calls.get_raw_gpu_report(uuid, nonce))
+
+    async def attest_gpus(self) -> gpus_pb2.GpuSet:
+        """Attest all GPUs now; returns what came of it. Denied unless the operator granted ``gpu.attest``."""
+        return await self._run(calls.attest_gpus())
+
+    async def watch_gpus(self) -> AsyncGenerator[gpus_pb2.GpuSet, None]:
+        """The GPUs now and after each change, without end; close the iterator to stop."""
+        call = calls.watch_gpus()
+        stream = getattr(self._stubs[call.service], call.method)(call.request)
+        try:
+            async for answer in stream:
+                yield call.convert(answer)
+        except grpc.RpcError as error:
+            raise translate(error, self.socket) from None
+        finally:
+            stream.cancel()

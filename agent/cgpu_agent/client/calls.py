@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from cgpu_agent.api.v1 import admin_pb2, evidence_pb2, measured_boot_pb2
+from cgpu_agent.api.v1 import admin_pb2, evidence_pb2, gpus_pb2, measured_boot_pb2
 from cgpu_agent.errors import Misuse
 
 R = TypeVar("R")
@@ -65,10 +65,26 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuReport:
+    """A GPU's attestation report.
+
+    Attributes:
+        report: SPDM request and response; ``chain``: PEM certificates, leaf first.
+        caller_claims, ak_name: what the report's nonce was made of, with yours (see ``Gpus.GetReport`` in the
+            protos); empty for a raw report.
+    """
+
+    report: bytes
+    chain: bytes
+    caller_claims: bytes = b""
+    ak_name: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Call(Generic[R]):
     """One call, ready to be made."""
 
-    service: Literal["MeasuredBoot", "Evidence", "Admin"]
+    service: Literal["MeasuredBoot", "Evidence", "Gpus", "Admin"]
     method: str
     request: Any
     convert: Callable[[Any], R]
@@ -139,6 +155,28 @@ def activate_credential(ek: Literal["rsa", "ecc"], credential_blob: bytes, secre
     kind = boot_pb.EK_KIND_RSA if ek == "rsa" else boot_pb.EK_KIND_ECC
     request = boot_pb.ActivateCredentialRequest(ek=kind, credential_blob=credential_blob, secret=secret)
     return Call("MeasuredBoot", "ActivateCredential", request, lambda answer: answer.certinfo)
+
+
+def list_gpus() -> Call[gpus_pb2.GpuSet]:
+    return Call("Gpus", "List", gpus_pb2.ListGpusRequest(), lambda answer: answer.gpus)
+
+
+def attest_gpus() -> Call[gpus_pb2.GpuSet]:
+    return Call("Gpus", "Attest", gpus_pb2.AttestGpusRequest(), lambda answer: answer.gpus)
+
+
+def watch_gpus() -> Call[gpus_pb2.GpuSet]:
+    return Call("Gpus", "Watch", gpus_pb2.WatchGpusRequest(), lambda answer: answer.gpus)
+
+
+def get_gpu_report(uuid: str, nonce: bytes) -> Call[GpuReport]:
+    request = gpus_pb2.GetGpuReportRequest(uuid=uuid, nonce=nonce)
+    return Call("Gpus", "GetReport", request, lambda a: GpuReport(a.report, a.chain, a.caller_claims, a.ak_name))
+
+
+def get_raw_gpu_report(uuid: str, nonce: bytes) -> Call[GpuReport]:
+    request = gpus_pb2.GetRawGpuReportRequest(uuid=uuid, nonce=nonce)
+    return Call("Gpus", "GetRawReport", request, lambda a: GpuReport(a.report, a.chain))
 
 
 def get_status() -> Call[admin_pb2.GetStatusResponse]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import grpc
 
-from cgpu_agent.api.v1 import admin_pb2
+from cgpu_agent.api.v1 import admin_pb2, gpus_pb2
 from cgpu_agent.client import calls
 from cgpu_agent.client.connect import CHANNEL_OPTIONS, STUBS, find_socket, translate
 
@@ -95,6 +95,34 @@ class Agent:
     def activate_credential(self, ek: Literal["rsa", "ecc"], credential_blob: bytes, secret: bytes) -> bytes:
         """Open a credential made for this VM's EK and platform AK. Denied unless granted."""
         return self._run(calls.activate_credential(ek, credential_blob, secret))
+
+    def list_gpus(self) -> gpus_pb2.GpuSet:
+        """The GPUs, and what the agent makes of them; not evidence."""
+        return self._run(calls.list_gpus())
+
+    def get_gpu_report(self, uuid: str, nonce: bytes) -> calls.GpuReport:
+        """A GPU's report whose nonce names you and ``nonce`` (8-64 bytes)."""
+        return self._run(calls.get_gpu_report(uuid, nonce))
+
+    def get_raw_gpu_report(self, uuid: str, nonce: bytes) -> calls.GpuReport:
+        """A GPU's report over ``nonce`` (32 bytes) verbatim. Denied unless ``gpu.raw_report`` was granted."""
+        return self._run(calls.get_raw_gpu_report(uuid, nonce))
+
+    def attest_gpus(self) -> gpus_pb2.GpuSet:
+        """Attest all GPUs now; returns what came of it. Denied unless the operator granted ``gpu.attest``."""
+        return self._run(calls.attest_gpus())
+
+    def watch_gpus(self) -> Iterator[gpus_pb2.GpuSet]:
+        """The GPUs now and after each change, without end; close the iterator to stop."""
+        call = calls.watch_gpus()
+        stream = getattr(self._stubs[call.service], call.method)(call.request)
+        try:
+            for answer in stream:
+                yield call.convert(answer)
+        except grpc.RpcError as error:
+            raise translate(error, self.socket) from None
+        finally:
+            stream.cancel()
 
 
 class Admin:

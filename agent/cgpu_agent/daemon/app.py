@@ -14,6 +14,9 @@ from typing import Any
 import structlog
 
 from cgpu_agent import __version__
+from cgpu_agent.backends.base import Gpus
+from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
+from cgpu_agent.backends.gpu.software.client import SoftwareGpus
 from cgpu_agent.backends.logs import SystemLogs
 from cgpu_agent.backends.tpm.owner import TpmOwner
 from cgpu_agent.backends.tpm.transport import open_tpm
@@ -22,15 +25,21 @@ from cgpu_agent.daemon import logging as journal
 from cgpu_agent.daemon import status
 from cgpu_agent.daemon.build import build_digest
 from cgpu_agent.daemon.config import Config
+from cgpu_agent.daemon.gpus import load_judge, load_rules
 from cgpu_agent.daemon.notify import Notifier, passed_descriptors
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded
 from cgpu_agent.daemon.watchdog import Watchdog
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.core import Core, Settings, is_final
+from cgpu_agent.domain.gpujudge import GpuJudge
+from cgpu_agent.domain.gpurecord import GpuRecords
+from cgpu_agent.domain.gpus import GpuSessions
+from cgpu_agent.domain.gpustate import Reason
 from cgpu_agent.domain.policy import Policy
 from cgpu_agent.domain.quota import InFlight
 from cgpu_agent.domain.store import Store
+from cgpu_agent.domain.timefloor import TimeFloor
 from cgpu_agent.errors import AgentError, Misuse
 from cgpu_agent.rpc.addresses import Listener, adopt_listener, bind_listener
 from cgpu_agent.rpc.admission import DoorLimits
@@ -60,6 +69,15 @@ class SystemClock:
 def _listener(passed: int | None, path: str, mode: int) -> Listener:
     """The socket from systemd, or one bound here."""
     return bind_listener(path, mode) if passed is None else adopt_listener(socket.socket(fileno=passed))
+
+
+def _open_gpus(backend: str) -> Gpus | None:
+    """The GPUs that the configuration names. NVIDIA's driver may come later; its absence is a state, not an error."""
+    if backend == "none":
+        return None
+    if backend.startswith("software:"):
+        return SoftwareGpus(Path(backend.removeprefix("software:")))
+    return NvmlGpus()
 
 
 class App:
@@ -94,6 +112,8 @@ class App:
             settings=self._settings(),
         )
         self._open_audit(Path(config.state_dir))
+        self._judge = load_judge(config.gpu)
+        self._core.gpus = self._gpu_sessions(config)
         recorder = Auditor(self._core.audit)
         self._core.certify(self._ak_certificate())
         limits = DoorLimits(max_connections=config.limits.connections, max_per_uid=config.limits.connections_per_uid)
@@ -132,6 +152,19 @@ class App:
             },
         )
         self._started = time.monotonic()
+
+    def _gpu_sessions(self, config: Config) -> GpuSessions | None:
+        gpus = _open_gpus(config.gpu.backend)
+        if gpus is None:
+            return None
+        core = self._core
+        try:
+            floor = TimeFloor(core.clock, Store(Path(config.state_dir)))
+        except AgentError as error:
+            log.warning("the time floor is not kept", reason=error.slug)
+            floor = TimeFloor(core.clock, None)
+        records = GpuRecords(lambda: core.boot)
+        return GpuSessions(gpus, self._judge, records, core.clock, floor, load_rules(config.gpu))
 
     def _open_audit(self, folder: Path) -> None:
         """Without an audit log the agent serves what needs no record, and says so."""
@@ -214,6 +247,9 @@ class App:
             loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, reload.set)
         self._notifier.status("Starting")
+        gpus = self._core.gpus
+        if gpus is not None:
+            await gpus.start()  # first of all: nobody watched the GPUs while the agent was away
         await self._audit("agent-start")
         for server in self._servers:
             await server.start()
@@ -228,6 +264,8 @@ class App:
             self._notifier.ready()
             log.info("ready", version=__version__, socket=self._public.public_path)
             tasks |= {asyncio.create_task(work) for work in (self._tick(), self._probe(), self._reloads(reload))}
+            if gpus is not None:
+                tasks |= {asyncio.create_task(work) for work in (gpus.run(), self._tell_gpus(gpus))}
             running: set[asyncio.Task[Any]] = tasks
             while not stop.is_set():
                 ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -245,6 +283,8 @@ class App:
         self._core.stop()
         self._notifier.status("Stopping: finishing running calls")
         log.info("stopping")
+        if self._core.gpus is not None:
+            await self._core.gpus.stop()
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
@@ -285,6 +325,19 @@ class App:
                 with contextlib.suppress(AgentError):  # kept as the core's state
                     await self._core.boot.probe()
 
+    async def _tell_gpus(self, gpus: GpuSessions) -> None:
+        """Every change of the GPUs, in the journal."""
+        told: object = None
+        async for view in gpus.watch():
+            if view.state != told:
+                told = view.state
+                reason = view.reason
+                log.info("GPUs", state=told, line=view.line, reason=None if reason is None else reason.slug)
+            for session in view.sessions:
+                if session.phase == "rejected" and session.reason is not None:
+                    uuid, why = session.info.uuid, session.reason
+                    log.warning("GPU rejected", uuid=uuid, reason=why.slug, why=why.message)
+
     async def _show(self) -> None:
         """Make systemd's line and grpc.health tell the same truth."""
         await self._public.set_serving(self._core.ready())
@@ -303,23 +356,25 @@ class App:
         try:
             fresh = configuration.load(self._config_path)
             policy = await asyncio.to_thread(load_policy, fresh)
+            judge = await asyncio.to_thread(load_judge, self._started_with.gpu)
         except Misuse as error:
             self._reload_problem = error.message
             log.error("configuration not reloaded", why=error.message)
         else:
-            await self._apply(fresh, policy)
+            await self._apply(fresh, policy, judge)
         await self._show()
         self._notifier.ready()
 
-    async def _apply(self, fresh: Config, policy: Policy) -> None:
+    async def _apply(self, fresh: Config, policy: Policy, judge: GpuJudge) -> None:
         fixed = [
             name
-            for name in ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "limits")
+            for name in ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "gpu", "limits")
             if getattr(fresh, name) != getattr(self._started_with, name)
         ]
         self._reload_problem = f"restart to apply changes to {', '.join(fixed)}" if fixed else None
         changed = fresh.source != self._config.source or policy.digest != self._policy.digest
         journal.configure(fresh.log_level)
+        await self._trust(judge, policy)
         self._config = fresh
         self._policy = policy
         self._core.certify(self._ak_certificate())
@@ -330,6 +385,17 @@ class App:
             except AgentError as error:
                 log.error("the reload was not measured", reason=error.slug, why=error.message)
         log.info("configuration reloaded", changed=changed, restart_for=fixed)
+
+    async def _trust(self, judge: GpuJudge, policy: Policy) -> None:
+        """Drop the GPUs where what is trusted, or who may do what, is about to change."""
+        gpus = self._core.gpus
+        if gpus is None:
+            return
+        if judge.digest != self._judge.digest:
+            self._judge = judge
+            await gpus.use(judge)
+        elif policy.digest != self._policy.digest:
+            await gpus.distrust(Reason("POLICY_CHANGED", "the policy has changed"))
 
     def _status(self) -> status.pb.GetStatusResponse:
         return status.compose(

@@ -59,6 +59,31 @@ class Logs:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuConfig:
+    """The GPUs, and what is trusted about them.
+
+    ``backend``: "auto" = NVIDIA's driver where it is there, "nvml", "software:/path/of/socket" or "none".
+    ``device_roots``, ``rim_roots``: files of certificates, or SHA-256 digests of root keys in hex; empty = NVIDIA's.
+    ``collateral``: directory of reference values (``*.xml``, ``*.swidtag``), ``*.crl`` and ``*.ocsp``.
+    ``count``: how many GPUs there must be; 0 = any number.
+    ``min_driver``, ``min_vbios``: the lowest version, or "none".
+    """
+
+    backend: str = "auto"
+    device_roots: tuple[str, ...] = ()
+    rim_roots: tuple[str, ...] = ()
+    collateral: str = "/etc/cgpu-agent/collateral"
+    allow_simulated: bool = False
+    allow_no_rim: bool = False
+    require_revocation: bool = False
+    count: int = 0
+    min_driver: str = "none"
+    min_vbios: str = "none"
+    reattest_seconds: int = 3600
+    report_seconds: int = 30
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """Bounds on what callers can hold: connections before, running calls after they are identified."""
 
@@ -79,6 +104,7 @@ class Config:
     sockets: Sockets = field(default_factory=Sockets)
     tpm: TpmConfig = field(default_factory=TpmConfig)
     logs: Logs = field(default_factory=Logs)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
     limits: Limits = field(default_factory=Limits)
     source: bytes = b""
 
@@ -127,7 +153,13 @@ def parse(document: dict[str, Any], source: bytes = b"") -> Config:
     return config
 
 
-_TABLES: dict[str, type[Any]] = {"sockets": Sockets, "tpm": TpmConfig, "logs": Logs, "limits": Limits}
+_TABLES: dict[str, type[Any]] = {
+    "sockets": Sockets,
+    "tpm": TpmConfig,
+    "logs": Logs,
+    "gpu": GpuConfig,
+    "limits": Limits,
+}
 
 
 def _table(kind: type[T], document: dict[str, Any], where: str, skip: tuple[str, ...] = ()) -> T:
@@ -155,6 +187,14 @@ def _value(annotation: str, value: Any, name: str) -> Any:
         if not isinstance(value, str) or not value:
             raise _bad(f"{name} must be text")
         return value
+    if annotation == "bool":
+        if not isinstance(value, bool):
+            raise _bad(f"{name} must be true or false")
+        return value
+    if annotation == "tuple[str, ...]":
+        if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
+            raise _bad(f"{name} must be a list of texts")
+        return tuple(value)
     if annotation.startswith("tuple"):
         if not isinstance(value, list) or not value or not all(type(v) is int and 0 <= v <= 23 for v in value):
             raise _bad(f"{name} must be a list of PCR indices")
@@ -193,7 +233,24 @@ def _check(config: Config) -> None:
         raise _bad("tpm.platform_ak_handle must be a persistent handle, 0x81000000-0x81ffffff")
     if min(tpm.command_seconds, tpm.request_seconds) < 1 or tpm.request_seconds < tpm.command_seconds:
         raise _bad("tpm.request_seconds must be at least tpm.command_seconds, both at least 1")
+    _check_gpu(config.gpu)
     if min(config.limits.connections, config.limits.connections_per_uid) < 1:
         raise _bad("limits must be at least 1")
     if min(config.limits.calls, config.limits.calls_per_uid) < 1:
         raise _bad("limits must be at least 1")
+
+
+def _check_gpu(gpu: GpuConfig) -> None:
+    if not re.fullmatch(r"auto|nvml|none|software:/[^\0]+", gpu.backend):
+        raise _bad("gpu.backend must be auto, nvml, none or software:/path/of/socket")
+    if not gpu.collateral.startswith("/") or "\0" in gpu.collateral:
+        raise _bad("gpu.collateral must be an absolute path")
+    for name in ("device_roots", "rim_roots"):
+        if not all(re.fullmatch(r"[0-9a-fA-F]{64}|/[^\0]+", root) for root in getattr(gpu, name)):
+            raise _bad(f"gpu.{name} must hold absolute paths, or SHA-256 digests of root keys (64 hex digits)")
+    if gpu.count > 64:
+        raise _bad("gpu.count must be at most 64")
+    if gpu.reattest_seconds < 60:
+        raise _bad("gpu.reattest_seconds must be at least 60")
+    if not 1 <= gpu.report_seconds <= 300:
+        raise _bad("gpu.report_seconds must be 1-300")

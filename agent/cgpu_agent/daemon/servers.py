@@ -17,6 +17,8 @@ from cgpu_agent.api.v1 import (
     admin_pb2_grpc,
     evidence_pb2,
     evidence_pb2_grpc,
+    gpus_pb2,
+    gpus_pb2_grpc,
     measured_boot_pb2,
     measured_boot_pb2_grpc,
 )
@@ -29,6 +31,7 @@ from cgpu_agent.rpc.admin import AdminService
 from cgpu_agent.rpc.admission import DoorLimits
 from cgpu_agent.rpc.evidence import EvidenceService
 from cgpu_agent.rpc.frontdoor import FrontDoor
+from cgpu_agent.rpc.gpus import GpusService
 from cgpu_agent.rpc.identify import Identifier
 from cgpu_agent.rpc.interceptor import Gate, Recorder, current_caller
 from cgpu_agent.rpc.measured_boot import MeasuredBootService
@@ -148,9 +151,11 @@ def add_public(core: Core) -> Callable[[grpc.aio.Server], tuple[str, ...]]:
     def add(server: grpc.aio.Server) -> tuple[str, ...]:
         measured_boot_pb2_grpc.add_MeasuredBootServicer_to_server(MeasuredBootService(core), server)
         evidence_pb2_grpc.add_EvidenceServicer_to_server(EvidenceService(core), server)
+        gpus_pb2_grpc.add_GpusServicer_to_server(GpusService(core), server)
         return (
             measured_boot_pb2.DESCRIPTOR.services_by_name["MeasuredBoot"].full_name,
             evidence_pb2.DESCRIPTOR.services_by_name["Evidence"].full_name,
+            gpus_pb2.DESCRIPTOR.services_by_name["Gpus"].full_name,
         )
 
     return add

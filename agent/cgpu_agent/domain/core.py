@@ -13,6 +13,7 @@ from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.boot import MeasuredBoot
 from cgpu_agent.domain.evidence import Evidence
+from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.keys import Keys, establish, with_certificate
 from cgpu_agent.domain.policy import Facts
 from cgpu_agent.domain.store import Store
@@ -47,6 +48,8 @@ class Settings:
     identity_strength: str
 
 
+_GPU_REMEDY = "see cgpuctl gpu list and the journal"
+
 REMEDIES: Mapping[str, str] = {
     "TPM_IO": "see that /dev/tpmrm0 exists and that the agent's user is in its group (cgpuctl doctor)",
     "TPM_TIMEOUT": "the TPM does not answer in time; see the kernel log for tpm messages",
@@ -58,6 +61,13 @@ REMEDIES: Mapping[str, str] = {
     "AUDIT_UNAVAILABLE": "give the state directory to the agent's user, mode 0700, and see that the disk is not full",
     "NO_PLATFORM_AK": "set tpm.platform_ak_handle, or let the agent make a key with tpm.create_platform_ak",
     "STATE_DIRECTORY": "give the runtime directory to the agent's user, mode 0700, on a file system with room",
+    "GPU_INVENTORY": "see that every GPU is bound to the NVIDIA driver, and that nvidia-persistenced runs",
+    "GPU_CC_OFF": "have the host start the GPU in confidential-computing mode",
+    "GPU_DEV_TOOLS": "have the host start the GPU without developer tools",
+    "GPU_GATE_STUCK": "the GPU driver does not answer; see the kernel log, and reboot the VM if it stays so",
+    "GPU_READY_FOREIGN": "leave setting the ready state to the agent (no unit may run nvidia-smi conf-compute -srs)",
+    "NO_RIM": "put NVIDIA's reference values for this driver and firmware into gpu.collateral",
+    "CLOCK_BEFORE_FLOOR": "set the clock of the host right",
     "LOG_TOO_LARGE": "see what wrote so large a measurement log; no evidence is given out with a part of it",
 }
 
@@ -77,6 +87,8 @@ class Core:
     audit: AuditLog | None = None
     audit_problem: AgentError | None = None
     """Why no audit log is kept; then nothing happens that needs its record."""
+    gpus: GpuSessions | None = None
+    """``None`` where nothing looks at GPUs."""
     _boot: MeasuredBoot | None = None
     _evidence: Evidence | None = None
     _failure: AgentError | None = None
@@ -260,7 +272,12 @@ class Core:
                     "run Linux 6.9 or newer",
                 )
             )
+        found += self._gpu_problems()
         return found
+
+    def _gpu_problems(self) -> list[Problem]:
+        reasons = [] if self.gpus is None else self.gpus.problems()
+        return [Problem(each.slug, each.message, REMEDIES.get(each.slug, _GPU_REMEDY)) for each in reasons]
 
     def facts(self) -> Facts:
         """What policy may ask about the machine."""
@@ -270,6 +287,7 @@ class Core:
             state=self.state(),
             endorsed=known and "UNENDORSED" not in found,
             boot_log=known and not found & {"NO_BOOT_LOG", "LOG_TOO_LARGE"},
+            gpus="not-asked" if self.gpus is None else self.gpus.view().state,
         )
 
     def line(self) -> str:
@@ -287,7 +305,8 @@ class Core:
         endorsed = "AK certified" if keys.platform_ak_certificate is not None else "AK unendorsed"
         lacking = {"NO_BOOT_LOG": "no boot log", "LOG_TOO_LARGE": "boot log too large"}
         told = next((lacking[p.reason] for p in problems if p.reason in lacking), "boot log present")
-        return f"Serving: TPM {keys.tpm.manufacturer or '?'}, {endorsed}, {told}"
+        gpus = "" if self.gpus is None or self.gpus.view().state == "none" else f", {self.gpus.view().line}"
+        return f"Serving: TPM {keys.tpm.manufacturer or '?'}, {endorsed}, {told}{gpus}"
 
 
 def _problem(error: AgentError) -> Problem:

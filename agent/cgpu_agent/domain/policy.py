@@ -30,9 +30,25 @@ class Action(str, Enum):
     MEASURE = "boot.measure"
     ACTIVATE_CREDENTIAL = "boot.activate_credential"
     EVIDENCE = "evidence.get"
+    GPU_LIST = "gpu.list"
+    GPU_WATCH = "gpu.watch"
+    GPU_REPORT = "gpu.report"
+    GPU_RAW_REPORT = "gpu.raw_report"
+    GPU_ATTEST = "gpu.attest"
 
 
-OPEN: Final = frozenset({Action.IDENTITY, Action.QUOTE, Action.PCRS, Action.EVENT_LOG, Action.EVIDENCE})
+OPEN: Final = frozenset(
+    {
+        Action.IDENTITY,
+        Action.QUOTE,
+        Action.PCRS,
+        Action.EVENT_LOG,
+        Action.EVIDENCE,
+        Action.GPU_LIST,
+        Action.GPU_WATCH,
+        Action.GPU_REPORT,
+    }
+)
 """Actions that tell a caller about the VM, or speak only in the caller's own name. All others are sensitive."""
 
 
@@ -44,7 +60,7 @@ class Facts:
         state: of the agent, as ``Core.state`` has it.
         endorsed: the platform AK has a certificate.
         boot_log: the firmware's event log is there.
-        gpus: ``not-asked``.
+        gpus: ``not-asked``, or as ``GpuView.state`` has it: ``none``, ``ready`` or ``not-ready``.
     """
 
     state: str = "starting"

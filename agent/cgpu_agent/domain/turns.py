@@ -66,7 +66,7 @@ class Turns:
 
     async def _wait(self, owner: Hashable) -> None:
         if self._queue.waiting(owner) >= self._waiting_each:
-            raise Exhausted("TOO_MANY_CALLS", "too many calls of this caller wait for the TPM", retry_after=0.5)
+            raise Exhausted("TOO_MANY_CALLS", "too many calls of this caller wait for the device", retry_after=0.5)
         mine = asyncio.get_running_loop().create_future()
         self._queue.push(owner, mine)
         try:

@@ -150,6 +150,8 @@ class Gate(grpc.aio.ServerInterceptor):
             ):
                 async for response in responses:
                     connection.check()
+                    if connection.caller is not None:  # what was allowed when the stream began may be no more
+                        self._permitted(connection.caller, method)
                     yield response
 
         return guarded
@@ -171,11 +173,7 @@ class Gate(grpc.aio.ServerInterceptor):
         ended: Callable[[str], Awaitable[None]] | None = None
         try:
             connection, caller = self._identified(context)
-            decision = self._authorize(caller, method)
-            if not decision.allowed:
-                if decision.log_detail and self._throttle.allow(asyncio.get_running_loop().time()):
-                    log.error("the policy could not be evaluated", method=method, detail=decision.log_detail)
-                raise Denied("NOT_ALLOWED", f"not allowed: {decision.reason}")
+            decision = self._permitted(caller, method)
             _caller.set(caller)
             with self._in_flight.hold(caller.uid):
                 if self._recorder is not None:
@@ -203,6 +201,14 @@ class Gate(grpc.aio.ServerInterceptor):
             self.calls[method, code.name] += 1
             if ended is not None:
                 await ended(code.name)
+
+    def _permitted(self, caller: Caller, method: str) -> Decision:
+        decision = self._authorize(caller, method)
+        if not decision.allowed:
+            if decision.log_detail and self._throttle.allow(asyncio.get_running_loop().time()):
+                log.error("the policy could not be evaluated", method=method, detail=decision.log_detail)
+            raise Denied("NOT_ALLOWED", f"not allowed: {decision.reason}")
+        return decision
 
     def _identified(self, context: Any) -> tuple[Connection, Caller]:
         connection = self._lookup(context.peer())

@@ -8,6 +8,7 @@ from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import Action, Decision, Facts, Policy
 
 _BOOT = "/cgpu.agent.v1.MeasuredBoot/"
+_GPUS = "/cgpu.agent.v1.Gpus/"
 
 ACTIONS: Mapping[str, Action] = {
     _BOOT + "GetIdentity": Action.IDENTITY,
@@ -18,6 +19,11 @@ ACTIONS: Mapping[str, Action] = {
     _BOOT + "MeasureEvent": Action.MEASURE,
     _BOOT + "ActivateCredential": Action.ACTIVATE_CREDENTIAL,
     "/cgpu.agent.v1.Evidence/GetEvidence": Action.EVIDENCE,
+    _GPUS + "List": Action.GPU_LIST,
+    _GPUS + "Watch": Action.GPU_WATCH,
+    _GPUS + "GetReport": Action.GPU_REPORT,
+    _GPUS + "GetRawReport": Action.GPU_RAW_REPORT,
+    _GPUS + "Attest": Action.GPU_ATTEST,
 }
 
 _ABOUT_THE_SERVER = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")

@@ -31,6 +31,20 @@ EVERYTHING: dict[str, Any] = {
         "request_seconds": 9,
     },
     "logs": {"boot": "/run/x/boot", "systemd": "/run/x/systemd"},
+    "gpu": {
+        "backend": "software:/run/x/gpu",
+        "device_roots": ["/run/x/root.pem", "ab" * 32],
+        "rim_roots": ["/run/x/rim.pem"],
+        "collateral": "/run/x/collateral",
+        "allow_simulated": True,
+        "allow_no_rim": True,
+        "require_revocation": True,
+        "count": 8,
+        "min_driver": "550.90.07",
+        "min_vbios": "96.00.9F.00.01",
+        "reattest_seconds": 600,
+        "report_seconds": 20,
+    },
     "limits": {"connections": 1, "connections_per_uid": 2, "calls": 3, "calls_per_uid": 4},
 }
 
@@ -48,12 +62,13 @@ def with_value(table: str, key: str, value: object) -> dict[str, Any]:
 
 def test_every_key_is_taken() -> None:
     config = parse(EVERYTHING)
-    tables = {"sockets", "tpm", "logs", "limits"}
+    tables = {"sockets", "tpm", "logs", "gpu", "limits"}
     for field in dataclasses.fields(Config):
         if field.name in tables:
             for inner in dataclasses.fields(getattr(config, field.name)):
                 wanted = EVERYTHING[field.name][inner.name]
                 found = getattr(getattr(config, field.name), inner.name)
+                wanted = tuple(wanted) if isinstance(wanted, list) else wanted
                 assert found == ((0, 7, 12) if inner.name == "evidence_pcrs" else wanted)
     assert (config.log_level, config.runtime_dir) == ("debug", "/run/x/private")
     assert config.policy == "/etc/x/policy.cedar"

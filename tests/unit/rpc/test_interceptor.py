@@ -205,6 +205,20 @@ def test_every_shape_of_call_passes() -> None:
     asyncio.run(scenario())
 
 
+def test_a_stream_ends_when_the_policy_no_longer_allows_it() -> None:
+    async def scenario() -> None:
+        async with Site() as site:
+            call = site.channel.unary_stream(f"/{SERVICE}/Yield")(b"wait", timeout=30)
+            assert await call.read() == b"first"
+            await site.waiting.wait()
+            site.allowed = False
+            site.go_on.set()
+            found = await failure(call.read())
+            assert (found.code, found.slug) == (grpc.StatusCode.PERMISSION_DENIED, "NOT_ALLOWED")
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("method", ["Who", "Yield", "Write", "Collect", "Echo"])
 def test_denied_call_never_reaches_its_handler(method: str, journal: io.StringIO) -> None:
     async def scenario() -> None:

@@ -12,21 +12,25 @@ from cgpu_agent.api.v1 import (
     admin_pb2_grpc,
     evidence_pb2,
     evidence_pb2_grpc,
+    gpus_pb2,
+    gpus_pb2_grpc,
     measured_boot_pb2,
     measured_boot_pb2_grpc,
 )
 from cgpu_agent.domain.policy import OPEN, Action, Facts, Policy
 from cgpu_agent.rpc.admin import AdminService
 from cgpu_agent.rpc.evidence import EvidenceService
+from cgpu_agent.rpc.gpus import GpusService
 from cgpu_agent.rpc.measured_boot import MeasuredBootService
 from cgpu_agent.rpc.methods import ACTIONS, admin_authorizer, public_authorizer
 from fixtures.machine import WORKLOAD
 from fixtures.policies import granting, permit
 
-PUBLIC = (measured_boot_pb2, evidence_pb2)
+PUBLIC = (measured_boot_pb2, evidence_pb2, gpus_pb2)
 SERVICES: list[tuple[Any, type, type]] = [
     (measured_boot_pb2, measured_boot_pb2_grpc.MeasuredBootServicer, MeasuredBootService),
     (evidence_pb2, evidence_pb2_grpc.EvidenceServicer, EvidenceService),
+    (gpus_pb2, gpus_pb2_grpc.GpusServicer, GpusService),
     (admin_pb2, admin_pb2_grpc.AdminServicer, AdminService),
 ]
 ROOT = dataclasses.replace(WORKLOAD, uid=0, gid=0, unit=None)

@@ -1,0 +1,1 @@
+"""Backends for GPUs: see ``backends.base.Gpus``."""

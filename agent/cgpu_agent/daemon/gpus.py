@@ -1,0 +1,100 @@
+"""What the agent trusts about GPUs, from the files that the configuration names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+from cgpu_agent.daemon.config import GpuConfig
+from cgpu_agent.domain.gpujudge import GpuJudge
+from cgpu_agent.domain.gpurules import GpuRules
+from cgpu_agent.errors import HostileInput, Misuse
+from cgpu_agent.verifier.certificate import load_certificates
+from cgpu_agent.verifier.collateral import Collateral
+from cgpu_agent.verifier.gpuchain import NVIDIA_DEVICE_ROOTS, NVIDIA_RIM_ROOTS, PinnedRoots, spki_digest
+from cgpu_agent.verifier.gpufloor import Floors
+
+T = TypeVar("T")
+
+MAX_FILE: Final = 8 << 20
+MAX_FILES: Final = 512
+_KINDS: Final = {".xml": "rims", ".swidtag": "rims", ".crl": "crls", ".ocsp": "ocsp"}
+
+
+def load_rules(config: GpuConfig) -> GpuRules:
+    """The rules of the sessions."""
+    return GpuRules(config.allow_simulated, config.count, config.reattest_seconds, config.report_seconds)
+
+
+def load_judge(config: GpuConfig) -> GpuJudge:
+    """Read roots and collateral.
+
+    Raises:
+        Misuse: ``BAD_CONFIG``: a file is named that cannot be read, or one holds something else than it should.
+    """
+    seen = hashlib.sha256(repr(config).encode())
+    roots = [_roots(names, seen) for names in (config.device_roots, config.rim_roots)]
+    files = _collateral(Path(config.collateral), seen)
+    floors = [None if version == "none" else version for version in (config.min_driver, config.min_vbios)]
+    return _own(
+        lambda: GpuJudge(
+            device_roots=roots[0] or NVIDIA_DEVICE_ROOTS,
+            rim_roots=roots[1] or NVIDIA_RIM_ROOTS,
+            collateral=Collateral.load(rims=files["rims"], crls=files["crls"], ocsp=files["ocsp"]),
+            floors=Floors(*floors),
+            allow_no_rim=config.allow_no_rim,
+            require_revocation=config.require_revocation,
+            digest=seen.hexdigest(),
+        )
+    )
+
+
+def _own(load: Callable[[], T]) -> T:
+    """What is wrong with the operator's own files is a bad configuration."""
+    try:
+        return load()
+    except (HostileInput, Misuse) as error:
+        raise Misuse("BAD_CONFIG", f"gpu: {error.message}") from error
+
+
+def _roots(names: Sequence[str], seen: hashlib._Hash) -> PinnedRoots | None:
+    keys: set[bytes] = set()
+    for name in names:
+        if name.startswith("/"):
+            data = _read(Path(name))
+            seen.update(data)
+            keys |= {spki_digest(each) for each in _own(lambda data=data: load_certificates(data))}  # type: ignore[misc]
+        else:
+            keys.add(bytes.fromhex(name))
+    return PinnedRoots(frozenset(keys)) if keys else None
+
+
+def _collateral(folder: Path, seen: hashlib._Hash) -> dict[str, list[bytes]]:
+    """Files by kind; a directory that does not exist holds none."""
+    found: dict[str, list[bytes]] = {"rims": [], "crls": [], "ocsp": []}
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix in _KINDS)
+    except FileNotFoundError:
+        return found
+    except OSError as error:
+        raise Misuse("BAD_CONFIG", f"gpu.collateral: {folder} cannot be read: {error.strerror}") from error
+    if len(paths) > MAX_FILES:
+        raise Misuse("BAD_CONFIG", f"gpu.collateral: more than {MAX_FILES} files")
+    for path in paths:
+        data = _read(path)
+        seen.update(hashlib.sha256(data).digest())
+        found[_KINDS[path.suffix]].append(data)
+    return found
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except OSError as error:
+        raise Misuse("BAD_CONFIG", f"gpu: {path} cannot be read: {error.strerror}") from error
+    if len(data) > MAX_FILE:
+        raise Misuse("BAD_CONFIG", f"gpu: {path} is larger than {MAX_FILE} bytes")
+    return data

@@ -1,0 +1,1 @@
+"""Trust anchors that ship with the verifier."""
