@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -130,6 +131,23 @@ def test_10_a_gpu_in_an_unsafe_or_unknown_mode_is_refused(changed: dict[str, obj
     fault = mode_fault(GpuInfo(**(info | changed)), GpuRules())  # type: ignore[arg-type]
     assert fault is not None
     assert fault.slug == slug
+
+
+class Boasting(Between):
+    """A driver that says of simulated GPUs that they are production ones."""
+
+    async def list(self, *, timeout: float) -> tuple[GpuInfo, ...]:
+        return tuple(replace(info, cc_environment="prod") for info in await self._gpus.list(timeout=timeout))
+
+
+def test_10_a_simulated_gpu_that_claims_to_be_a_production_one_is_known_by_its_root(process: GpuProcess) -> None:
+    async def scenario() -> None:
+        async with site(process, wrap=Boasting, allow_simulated=False) as here:
+            await here.tick()
+            assert (here.state, here.reason, await here.ready()) == ("not-ready", "GPU_SIMULATED", False)
+            assert here.phases == ["rejected", "rejected"]
+
+    asyncio.run(scenario())
 
 
 # 13: the gate does not stay open over a crash
@@ -361,6 +379,33 @@ def test_22_an_event_during_an_attestation_voids_it(process: GpuProcess, call: s
             meddled.gpus.after[call] = event
             await here.tick()
             assert (here.state, here.reason) == ("not-ready", "GPU_DRIVER_RELOADED")
+            assert await here.ready() is False
+
+    asyncio.run(scenario())
+
+
+def test_22_a_doubt_while_the_verdict_is_recorded_opens_nothing_even_for_a_moment(process: GpuProcess) -> None:
+    async def scenario() -> None:
+        meddled = Meddled()
+        async with site(process, wrap=meddled) as here:
+            here.log.meanwhile = lambda: here.sessions.on_event(GpuEvent("driver-reloaded", None, ""))
+            await here.tick()
+            assert "open" not in meddled.gpus.calls
+            assert (here.state, here.reason) == ("not-ready", "GPU_DRIVER_RELOADED")
+            assert here.log.records == ["attested 2", "dropped GPU_DRIVER_RELOADED"]
+
+    asyncio.run(scenario())
+
+
+def test_22_a_device_that_changes_during_a_renewal_is_shut_out_at_its_end(process: GpuProcess) -> None:
+    async def scenario() -> None:
+        meddled = Meddled()
+        async with site(process, wrap=meddled) as here:
+            await here.tick()
+            meddled.gpus.after["evidence"] = lambda: _debug(here)
+            here.clock.pass_by(31.0)
+            await here.sessions.attest()
+            assert (here.state, here.reason) == ("not-ready", "GPU_INVENTORY_CHANGED")
             assert await here.ready() is False
 
     asyncio.run(scenario())

@@ -135,13 +135,15 @@ class GpuSessions:
         return [each for each in found if each is not None]
 
     async def watch(self) -> AsyncGenerator[GpuView, None]:
-        """The view now and after each change; who is slow sees the newest only."""
+        """The view now and after each change, until the sessions stop; who is slow sees the newest only."""
         seen: GpuView | None = None
         while True:
-            changed, view = self._changed, self.view()
+            changed, last, view = self._changed, self._stopped, self.view()
             if view != seen:
                 seen = view
                 yield view
+            if last:
+                return
             await changed.wait()
 
     def heartbeat_age(self, now: float) -> float:
@@ -177,22 +179,28 @@ class GpuSessions:
             self._running.cancel()
             await asyncio.wait([self._running])
         await self._enforce()
+        self._wake.set()
         self._gpus.close()
 
     async def _poll(self) -> None:
-        while True:
-            await self.tick()
+        while not self._stopped:
             self._wake.clear()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
+            await self.tick()
+            # Not wait_for, which may lose a cancellation that comes together with what it waits for.
+            woken = asyncio.ensure_future(self._wake.wait())
+            try:
+                await asyncio.wait([woken], timeout=POLL_SECONDS)
+            finally:
+                woken.cancel()
 
     async def _listen(self) -> None:
-        while True:
+        while not self._stopped:
             with contextlib.suppress(AgentError):
                 async for event in self._gpus.events():
                     await self.on_event(event)
-            await self.on_event(GpuEvent("watch-lost", None, "the watch ended"))
-            await asyncio.sleep(POLL_SECONDS)
+            if not self._stopped:
+                await self.on_event(GpuEvent("watch-lost", None, "the watch ended"))
+                await asyncio.sleep(POLL_SECONDS)
 
     async def on_event(self, event: GpuEvent) -> None:
         """Something happened to the devices."""

@@ -1,7 +1,6 @@
 """The Gpus service: convert, call the domain, convert."""
 
 # gRPC names a service's methods and their parameters.
-# ruff: noqa: ARG002, N802
 from __future__ import annotations
 
 import contextlib

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from cgpu_agent.daemon.config import GpuConfig
+from cgpu_agent.daemon.config import GpuConfig, parse
 from cgpu_agent.daemon.gpus import load_judge, load_rules
 from cgpu_agent.domain.gpurules import GpuRules
 from cgpu_agent.errors import Misuse
@@ -87,3 +87,32 @@ def test_the_digest_changes_with_configuration_and_files_and_with_nothing_else(t
     assert one != empty
     (tmp_path / "README").write_bytes(b"x")
     assert load_judge(config(tmp_path)).digest == one
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("backend", "cuda"),
+        ("backend", "software:relative"),
+        ("backend", "software:"),
+        ("device_roots", "root.pem"),
+        ("device_roots", ["relative.pem"]),
+        ("device_roots", ["ab" * 31]),
+        ("rim_roots", [1]),
+        ("rim_roots", [""]),
+        ("collateral", "relative"),
+        ("allow_simulated", 1),
+        ("allow_simulated", "yes"),
+        ("require_revocation", 0),
+        ("count", 65),
+        ("count", True),
+        ("reattest_seconds", 59),
+        ("report_seconds", 0),
+        ("report_seconds", 301),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(Misuse) as caught:
+        parse({"gpu": {key: value}})
+    assert caught.value.slug == "BAD_CONFIG"
+    assert f"gpu.{key}" in caught.value.message

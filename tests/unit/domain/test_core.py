@@ -15,8 +15,10 @@ from cgpu_agent.domain.core import REMEDIES, Core, is_final
 from cgpu_agent.domain.keys import AK_CERTIFICATE_INDEX
 from cgpu_agent.errors import AgentError, DeviceFault, HostileInput, Misuse, Unavailable
 from cgpu_agent.verifier.keys import load_attestation_key
+from fixtures.gpusessions import site
 from fixtures.machine import AGENT, REGISTER, WORKLOAD, Machine, judge, request
 from fixtures.pki import NOW, Authority
+from fixtures.softwaregpu import running_gpus
 
 pytestmark = pytest.mark.swtpm
 
@@ -337,5 +339,27 @@ def test_configured_certificate_that_does_not_fit_is_shown_and_not_used(machine:
             assert core.problems()[0].message.startswith("tpm.ak_certificate is not used: ")
             bundle = await core.evidence.get(WORKLOAD, asked := request())
             assert judge(bundle, asked.nonce).accepted
+
+    asyncio.run(scenario())
+
+
+def test_gpus_that_are_not_ready_are_a_problem_a_fact_and_part_of_the_line(machine: Machine) -> None:
+    async def scenario() -> None:
+        with running_gpus("--count", "1") as process:
+            async with machine.serving() as core, site(process) as here:
+                assert core.facts().gpus == "not-asked"
+                core.gpus = here.sessions
+                assert core.facts().gpus == "none"
+                await here.tick()
+                assert core.facts().gpus == "ready"
+                assert core.line().endswith(", 1 simulated GPU ready")
+                assert not [reason for reason in reasons(core) if reason.startswith("GPU")]
+                await here.bad("cc-off")
+                await here.tick()
+                await here.tick(12.0)
+                assert core.facts().gpus == "not-ready"
+                assert "GPU_CC_OFF" in reasons(core)
+                assert "GPUs not ready: confidential computing is not on" in core.line()
+                assert core.ready()  # boot evidence does not wait for GPUs
 
     asyncio.run(scenario())

@@ -310,7 +310,8 @@ def test_a_caller_who_leaves_stops_nothing(process: GpuProcess) -> None:
             here.clock.pass_by(60.0)
             await here.sessions.tick()
             caller = asyncio.create_task(here.sessions.attest())
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.005)  # into the middle of it
+            assert here.sessions.view().attesting
             caller.cancel()
             await here.sessions.settled()
             assert here.state == "ready"
@@ -343,7 +344,9 @@ def test_watchers_see_the_state_now_and_each_change(process: GpuProcess) -> None
             await here.sessions.distrust(Reason("TEST", "for a test"))
             view = await asyncio.wait_for(views.__anext__(), PATIENCE)
             assert (view.state, view.reason) == ("not-ready", Reason("TEST", "for a test"))
-            await views.aclose()
+            await here.sessions.stop()
+            rest = [view.reason async for view in views]
+            assert [reason.slug for reason in rest if reason] == ["AGENT_STOPPED"]
 
     asyncio.run(scenario())
 
@@ -360,8 +363,8 @@ def test_the_tasks_react_to_the_drivers_own_events(process: GpuProcess) -> None:
                 if view.state == "not-ready":
                     break
             assert await here.ready() is False
-            running.cancel()
-            await asyncio.wait([running])
+            await here.sessions.stop()
+            await running  # the tasks end by themselves
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
