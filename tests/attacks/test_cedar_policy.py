@@ -60,7 +60,7 @@ def test_a_guard_on_a_fact_that_nobody_collected_does_not_vanish() -> None:
 
 
 def test_a_policy_cannot_rest_on_a_fact_that_the_schema_does_not_promise() -> None:
-    for condition in ("context.gpu.trusted", 'principal.exe_at_identify == ""', "!context.simulated"):
+    for condition in ("context.gpu.trusted", 'principal.image == ""', "!context.simulated"):
         with pytest.raises(Misuse):
             decide(f'{ALL}@id("guard") forbid(principal, action, resource) when {{ {condition} }};')
 

@@ -131,6 +131,7 @@ class App:
             limits,
             add_public(self._core),
             recorder,
+            lambda: self._policy.wants_executable,
         )
         self._admin = guarded(
             "admin",

@@ -115,6 +115,7 @@ def guarded(
     limits: DoorLimits,
     add_services: Callable[[grpc.aio.Server], tuple[str, ...]],
     recorder: Recorder | None = None,
+    wants_executable: Callable[[], bool] = lambda: False,
 ) -> Guarded:
     """Build a server on a private socket and a door in front of it; nothing is started.
 
@@ -127,7 +128,7 @@ def guarded(
         stale.unlink()
     inner = str(private_dir / "s")
     door = FrontDoor([listener], inner, identifier, limits=limits)
-    gate = Gate(door.lookup, with_self_check(authorize), in_flight, recorder)
+    gate = Gate(door.lookup, with_self_check(authorize), in_flight, recorder, wants_executable)
     server = grpc.aio.server(
         interceptors=(gate,),
         options=(

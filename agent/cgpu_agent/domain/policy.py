@@ -90,6 +90,8 @@ def workload(caller: Caller) -> Entity:
             "has_container": caller.container is not None,
             "container": caller.container or "",
             "cgroup": caller.cgroup or "",
+            "has_exe": caller.exe_at_identify is not None,
+            "exe_at_identify": caller.exe_at_identify or "",
             "identity_strength": caller.identity_strength,
             "root": caller.uid == 0 and by_pidfd and caller.container is None,
         },
@@ -99,10 +101,14 @@ def workload(caller: Caller) -> Entity:
 class Policy:
     """A policy in force. Immutable, and so are its decisions: they are kept. A reload makes a new one."""
 
-    __slots__ = ("_ask", "_policies")
+    __slots__ = ("_ask", "_policies", "wants_executable")
 
     def __init__(self, policies: Policies) -> None:
         self._policies: Final = policies
+        self.wants_executable: Final = any(
+            word in ("has_exe", "exe_at_identify") for source in policies.sources for word in source.words
+        )
+        """Whether a rule speaks of the caller's program, so that it must be hashed before deciding."""
 
         def ask(caller: Caller, action: Action, facts: Facts) -> Decision:
             return policies.decide(

@@ -91,7 +91,7 @@ def _read(source: Source) -> Iterator[str]:
             continue
         if before == "like" and _PATTERN.match(word):
             yield "goes by a pattern, which a name made later can fit"
-        if _CONTAINER_ID.search(word):
+        if _CONTAINER_ID.search(word) and "exe_at_identify" not in source.words:
             yield "goes by a container id, and there is another one at each start"
         if _LOGIN.search(word):
             yield "goes by the unit of a login, in which its user runs anything"
@@ -126,6 +126,10 @@ def _probes(source: Source) -> Iterator[Probe]:
     root = "uid 0 alone, which is root in containers, too (principal.root is not)"
     yield Probe(_caller("pidfd", uid=0, container=_CONTAINER), root)
     yield Probe(_caller("pid", uid=0), root)
+    digests = [word.strip('"') for word in source.words if _CONTAINER_ID.fullmatch(word.strip('"'))]
+    for digest in dict.fromkeys([*digests[:_MAX_NUMBERS], _CONTAINER]):
+        means = "a program by its digest alone, whoever runs it and whatever it is told to do"
+        yield Probe(_caller("pidfd", uid=_STRANGER - 1, exe=digest), means)
     numbers = {int(word) for word in source.words if word.isdecimal() and len(word) <= len(str(_ID_MAX))}
     for number in sorted(number for number in numbers if number <= _ID_MAX)[:_MAX_NUMBERS]:
         for strength in strengths:
@@ -145,6 +149,7 @@ def _caller(
     groups: tuple[int, ...] = (),
     unit: str | None = None,
     container: str | None = None,
+    exe: str | None = None,
 ) -> Caller:
     cgroup = None if strength == "pid" else f"/system.slice/{unit or 'any.scope'}"
-    return Caller(uid, gid, groups, 1, unit, container, cgroup, None, strength)
+    return Caller(uid, gid, groups, 1, unit, container, cgroup, exe, strength)

@@ -10,6 +10,7 @@ import traceback
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, Protocol
 
 import grpc
@@ -18,7 +19,7 @@ import structlog
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import Decision
 from cgpu_agent.domain.quota import InFlight
-from cgpu_agent.errors import AgentError, Denied, DeviceFault
+from cgpu_agent.errors import AgentError, Denied, DeviceFault, Unavailable
 from cgpu_agent.rpc.abort import abort, code_of
 
 MAX_SECONDS = 120.0
@@ -44,6 +45,12 @@ class Connection(Protocol):
     def refusal(self) -> Denied | None: ...
     def check(self) -> None:
         """Raises ``Denied`` when the connecting process is gone or is not what it was."""
+
+    async def exe_digest(self) -> str:
+        """SHA-256 hex of the program it runs; kept once made.
+
+        Raises ``Exhausted`` while another is being hashed, ``Unavailable`` where it cannot be read.
+        """
 
 
 class Recorder(Protocol):
@@ -83,6 +90,7 @@ class Gate(grpc.aio.ServerInterceptor):
         authorize: decides by caller and full method name; must deny methods it does not know.
         in_flight: the callers' slots.
         recorder: the audit log's side; ``None`` = nothing is recorded.
+        wants_executable: whether the policy in force speaks of the caller's program.
     """
 
     def __init__(
@@ -91,11 +99,13 @@ class Gate(grpc.aio.ServerInterceptor):
         authorize: Callable[[Caller, str], Decision],
         in_flight: InFlight,
         recorder: Recorder | None = None,
+        wants_executable: Callable[[], bool] = lambda: False,
     ) -> None:
         self._lookup = lookup
         self._authorize = authorize
         self._in_flight = in_flight
         self._recorder = recorder
+        self._wants_executable = wants_executable
         self._wrapped: dict[str, Any] = {}
         self._throttle = _LogThrottle()
         self.calls: Counter[tuple[str, str]] = Counter()
@@ -173,6 +183,8 @@ class Gate(grpc.aio.ServerInterceptor):
         ended: Callable[[str], Awaitable[None]] | None = None
         try:
             connection, caller = self._identified(context)
+            if self._wants_executable():
+                caller = await _with_executable(connection, caller)
             decision = self._permitted(caller, method)
             _caller.set(caller)
             with self._in_flight.hold(caller.uid):
@@ -242,6 +254,14 @@ class Gate(grpc.aio.ServerInterceptor):
         if error.__cause__ is not None:
             fields["cause"] = type(error.__cause__).__name__
         log.warning("call refused", **fields)
+
+
+async def _with_executable(connection: Connection, caller: Caller) -> Caller:
+    """The caller with its program's digest, where that can be had; rules that ask for it deny where it cannot."""
+    try:
+        return replace(caller, exe_at_identify=await connection.exe_digest())
+    except Unavailable:
+        return caller
 
 
 def _unknown() -> Denied:

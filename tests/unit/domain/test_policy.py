@@ -41,6 +41,26 @@ def test_a_principal_has_exactly_the_attributes_of_the_schema() -> None:
     assert set(re.findall(r"^ +(\w+):", declared.group(1), re.MULTILINE)) == set(workload(WORKLOAD).attrs)
 
 
+EXE = "ab" * 32
+BY_EXE = (
+    '@id("it") permit(principal is CGpu::Workload, action == CGpu::Action::"boot.measure", resource) '
+    f'when {{ principal.unit == "trainer.service" && principal.exe_at_identify == "{EXE}" }};'
+)
+
+
+def test_only_a_policy_that_speaks_of_programs_wants_them_hashed() -> None:
+    assert Policy.load(BY_EXE, "my policy").wants_executable
+    assert not Policy.default().wants_executable
+    in_a_comment = f"// principal.exe_at_identify\n{BY_EXE.split(' when', maxsplit=1)[0]};"
+    assert not Policy.load(in_a_comment, "my policy").wants_executable
+
+
+@pytest.mark.parametrize(("exe", "allowed"), [(EXE, True), ("cd" * 32, False), (None, False)])
+def test_a_rule_by_program_holds_for_that_program_only(exe: str | None, allowed: bool) -> None:
+    caller = dataclasses.replace(WORKLOAD, unit="trainer.service", exe_at_identify=exe)
+    assert Policy.load(BY_EXE, "my policy").decide(caller, Action.MEASURE, SERVING).allowed is allowed
+
+
 @pytest.mark.parametrize("action", CLOSED)
 @pytest.mark.parametrize("uid", [0, 1234])
 def test_closed_action_is_denied_by_default_even_to_root(action: Action, uid: int) -> None:

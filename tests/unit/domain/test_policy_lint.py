@@ -52,6 +52,8 @@ def test_a_caller_that_is_named_is_fine(condition: str) -> None:
         ("if principal.has_container then false else principal.uid == 1234", "to uid 1234 alone"),
         ("principal.uid == 1234 && principal.has_unit", "to uid 1234 in every unit"),
         ("principal.uid == 1234 && principal.has_container", "to uid 1234 in every container"),
+        (f'principal.exe_at_identify == "{"ab" * 32}"', "to a program by its digest alone"),
+        ("principal.has_exe && !principal.has_unit", "to a program by its digest alone"),
         ("principal.gid == 27", "to gid 27 alone"),
         ("principal.groups.contains(27)", "to members of group 27"),
         ("principal.uid == 0", "to uid 0 alone, which is root in containers"),

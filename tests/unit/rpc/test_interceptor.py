@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import logging
 import os
@@ -41,7 +42,7 @@ SECRET = "secret: 0xdeadbeef"
 class Site:
     """A server with a real door and gate around handlers that go wrong in every way."""
 
-    def __init__(self, in_flight: InFlight | None = None) -> None:
+    def __init__(self, in_flight: InFlight | None = None, *, wants_executable: bool = False) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="gate-", dir="/tmp"))
         self.in_flight = in_flight or InFlight(64, 64)
         self.allowed = True
@@ -57,7 +58,9 @@ class Site:
             self.in_flight,
             DoorLimits(),
             self._add,
+            wants_executable=lambda: wants_executable,
         )
+        self.programs: set[str | None] = set()
         self.channel = grpc.aio.insecure_channel(f"unix:{self.root}/sock")
 
     async def __aenter__(self) -> Self:
@@ -71,6 +74,7 @@ class Site:
 
     def _authorize(self, caller: Caller, method: str) -> Decision:
         assert caller.pid == os.getpid()
+        self.programs.add(caller.exe_at_identify)
         return Decision(self.allowed, ("test-rule",), "forbidden by policy test-rule")
 
     def _add(self, server: grpc.aio.Server) -> tuple[str, ...]:
@@ -187,6 +191,19 @@ def test_handler_knows_its_caller() -> None:
         async with Site() as site:
             assert await site.call("Who") == str(os.getpid()).encode()
             assert site.count("Who") == {"OK": 1}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_programs_are_hashed_only_where_the_policy_speaks_of_them(wanted: bool) -> None:
+    own = hashlib.sha256(Path("/proc/self/exe").read_bytes()).hexdigest()
+
+    async def scenario() -> None:
+        async with Site(wants_executable=wanted) as site:
+            await site.call("Who")
+            await site.call("Who")
+            assert site.programs == {own if wanted else None}
 
     asyncio.run(scenario())
 
