@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from authority import certify
+from cgpu_agent.api.v1 import gpus_pb2
 from cgpu_agent.backends.tpm.owner import TpmOwner
 from cgpu_agent.backends.tpm.software import Swtpm
 from cgpu_agent.backends.tpm.transport import open_tpm
@@ -44,6 +45,9 @@ RECORDING = ROOT / "tests" / "vectors" / "vm-boot" / "shim-grub-ms-secboot" / "b
 AUDIENCE = "https://relying-party.example"
 AK_HANDLE = 0x81000003
 READY_SECONDS = 60
+GPU_MODULE = "cgpu_agent.backends.gpu.software"
+PARTS = (("daemon", "cgpu_agent.daemon"), ("gpu", GPU_MODULE), ("swtpm", "swtpm"))
+"""Processes of the demo, in the order of their end, and a word of their command lines."""
 
 
 @contextlib.contextmanager
@@ -91,6 +95,32 @@ def provision(tpm: Swtpm, state: Path) -> None:
     (state / "ak-root.pem").write_bytes(root)
 
 
+def start_gpus(state: Path) -> None:
+    """A simulated GPU, a process of its own: real SPDM messages, its own certificates and reference values."""
+    with (state / "gpu.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", GPU_MODULE, "--socket", str(state / "g"), "--export", str(state / "gpu")],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+        )
+    (state / "gpu.pid").write_text(str(process.pid))
+    if process.stdout is None or process.stdout.readline().strip() != b"ready":
+        sys.exit(f"\nthe software GPU did not start:\n{(state / 'gpu.log').read_text()}")
+
+
+def gpu_verdict(state: Path) -> str:
+    """What the agent makes of its GPUs, once it has looked."""
+    deadline = time.monotonic() + READY_SECONDS
+    with Agent(str(state / "agent.sock")) as agent:
+        while (found := agent.list_gpus()).state == gpus_pb2.GPU_SET_STATE_NOT_READY and time.monotonic() < deadline:
+            time.sleep(0.1)
+    trusted = sum(gpu.phase == gpus_pb2.GPU_PHASE_TRUSTED for gpu in found.gpus)
+    simulated = all(gpu.simulated for gpu in found.gpus)
+    return f"{trusted} of {len(found.gpus)} attested (simulated: {str(simulated).lower()}), then opened for work"
+
+
 def start_daemon(state: Path) -> str:
     """Start cgpu-agent as systemd would, wait until it says that it is ready, return its status line."""
     (state / "private").mkdir(mode=0o700)
@@ -100,6 +130,8 @@ def start_daemon(state: Path) -> str:
         f'[sockets]\napi = "{state}/agent.sock"\nadmin = "{state}/admin.sock"\n'
         f'[tpm]\ndevice = "swtpm:{state}/t/sock"\n'
         f'[logs]\nboot = "{RECORDING}"\n'
+        f'[gpu]\nbackend = "software:{state}/g"\nallow_simulated = true\ncollateral = "{state}/gpu"\n'
+        f'device_roots = ["{state}/gpu/device-root.pem"]\nrim_roots = ["{state}/gpu/rim-root.pem"]\n'
     )
     notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     notify.bind(str(state / "notify"))
@@ -193,7 +225,7 @@ def tamper(state: Path, nonce: bytes, bundle: bytes) -> str:
 
 def start() -> None:
     state = LINK.resolve()
-    if not (running(state, "swtpm", "swtpm") and running(state, "daemon", "cgpu_agent.daemon")):
+    if not all(running(state, name, marker) for name, marker in PARTS):
         stop(quiet=True)
         state = Path(tempfile.mkdtemp(prefix="cgpu-"))
         LINK.parent.mkdir(exist_ok=True)
@@ -204,8 +236,10 @@ def start() -> None:
         with step(2, "What a cloud does before the VM starts") as results:
             provision(tpm, state)
             results.append("platform AK made and certified by a throw-away CA")
-        with step(3, "The daemon") as results:
-            results.append(start_daemon(state))
+        with step(3, "A software GPU, and the daemon") as results:
+            start_gpus(state)
+            start_daemon(state)
+            results.append(gpu_verdict(state))
     else:
         print("[1-3/5] already running from before")
     with step(4, "A workload asks for evidence") as results:
@@ -223,7 +257,7 @@ def start() -> None:
     print("\nTry it yourself")
     sockets = f"CGPU_AGENT_SOCKET={state}/agent.sock CGPU_AGENT_ADMIN_SOCKET={state}/admin.sock"
     print(f"  export {sockets} PATH=$PWD/.venv/bin:$PATH")
-    print("  cgpuctl status; cgpuctl boot show; cgpuctl doctor")
+    print("  cgpuctl status; cgpuctl boot show; cgpuctl gpu list; cgpuctl doctor")
     print("  cgpuctl evidence get -o bundle.json --nonce 00112233445566778899aabbccddeeff")
     print("  cgpuctl verify bundle.json --nonce 00112233445566778899aabbccddeeff --explain --html verdict.html \\")
     print(f"    --simulated-ak-root {state}/ak-root.pem")
@@ -233,7 +267,7 @@ def start() -> None:
 def stop(*, quiet: bool = False) -> None:
     state = LINK.resolve() if LINK.is_symlink() else None
     if state is not None:
-        for name, marker in (("daemon", "cgpu_agent.daemon"), ("swtpm", "swtpm")):
+        for name, marker in PARTS:
             end(running(state, name, marker))
         shutil.rmtree(state, ignore_errors=True)
         LINK.unlink()
