@@ -85,7 +85,7 @@ class Judge:
             step, slug, detail = ("", None, "") if refusal is None else (refusal.id, refusal.slug, refusal.detail)
             return Refusal(step, slug or "REFUSED", detail)
         return ear_claims(
-            appraise(result, self.policy, self.reference),
+            appraise(result, self.policy, self.reference, explain=False),
             verifier_id=self.verifier_id,
             audience=self.token_audience,
             issued_at=made,

@@ -107,20 +107,23 @@ class Appraisal:
         }
 
 
-def appraise(result: EvidenceResult, policy: Policies, reference: Reference | None) -> Appraisal:
+def appraise(
+    result: EvidenceResult, policy: Policies, reference: Reference | None, *, explain: bool = True
+) -> Appraisal:
     """Judge what evidence showed by a policy and by reference values. Never raises for the evidence.
 
     Args:
         result: of ``verify_evidence``.
         policy: loaded with ``cedar/appraisal.cedarschema``.
         reference: expected values, or ``None``.
+        explain: also look for what would change each answer, which asks the policy many times more.
     """
     if not result.accepted:
         return _refused(result, policy, reference)
     coverage = agent_coverage(result, _command_lines(reference))
     differences = () if reference is None else compare(result, reference)
     facts, workload = gather(result, coverage.kind, reference, differs=bool(differences))
-    bench = _Bench(policy, workload, facts)
+    bench = _Bench(policy, workload, facts, explain)
     parts = tuple(bench.judge(part) for part in PARTS)
     status, reason = _whole(parts)
     return Appraisal(
@@ -158,6 +161,7 @@ class _Bench:
     policy: Policies
     workload: Entity
     facts: Facts
+    explain: bool
 
     def ask(self, action: str, part: str, facts: Facts) -> Decision:
         return self.policy.decide(
@@ -174,7 +178,7 @@ class _Bench:
             status,
             decision.policy_ids,
             reason,
-            self._better(part, status),
+            self._better(part, status) if self.explain else None,
             required=self._required(part),
             vector=vector(part, self.facts),
         )
