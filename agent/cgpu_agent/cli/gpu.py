@@ -12,7 +12,7 @@ from typing import TypeVar
 from cgpu_agent.cli import output
 from cgpu_agent.cli.inputs import parse_hex, parse_time, read_all, read_file
 from cgpu_agent.errors import HostileInput, Misuse
-from cgpu_agent.verifier.certificate import load_certificates
+from cgpu_agent.verifier.certificate import load_trusted
 from cgpu_agent.verifier.collateral import Collateral
 from cgpu_agent.verifier.gpucapability import NOT_COVERED, Architecture
 from cgpu_agent.verifier.gpucase import DeviceEvidence, DeviceResult, GpuParty
@@ -71,7 +71,7 @@ def _own(load: Callable[[], T]) -> T:
 def _roots(path: Path | None, default: PinnedRoots) -> PinnedRoots:
     if path is None:
         return default
-    return _own(lambda: PinnedRoots.of(load_certificates(read_file(path, 1 << 20))))
+    return _own(lambda: PinnedRoots.of(load_trusted(read_file(path, 1 << 20))))
 
 
 def _collateral(arguments: argparse.Namespace) -> Collateral:

@@ -10,7 +10,7 @@ from cryptography import x509
 from cgpu_agent.cli import appraise, output
 from cgpu_agent.cli.inputs import parse_hex, parse_time, read_file
 from cgpu_agent.errors import HostileInput, Misuse
-from cgpu_agent.verifier.certificate import load_certificates
+from cgpu_agent.verifier.certificate import load_trusted
 from cgpu_agent.verifier.coverage import Coverage
 from cgpu_agent.verifier.evidence import EvidenceResult, RelyingParty, verify_evidence
 from cgpu_agent.wire import strictjson
@@ -53,7 +53,7 @@ def _certificates(paths: list[Path]) -> list[x509.Certificate]:
     found: list[x509.Certificate] = []
     for path in paths:
         try:
-            found += load_certificates(read_file(path, 1 << 20))
+            found += load_trusted(read_file(path, 1 << 20))
         except HostileInput as error:
             raise Misuse("BAD_CERTIFICATE", f"{path}: {error.message}") from error
     return found
@@ -128,7 +128,8 @@ def show(result: EvidenceResult, coverage: Coverage | None = None) -> None:
             f"{output.printable(refusal.detail)} [{refusal.slug}]"
         )
         if refusal.slug == "UNENDORSED":
-            output.say("  name a trusted root (--ak-root), an AK you enrolled (--ak-name), or --allow-unendorsed")
+            output.say("  name a trusted root (--ak-root; a simulator's: --simulated-ak-root), an AK you enrolled")
+            output.say("  (--ak-name), or accept it all the same (--allow-unendorsed)")
         return
     output.say(output.coloured("ACCEPTED", "ok"))
     rows: list[tuple[str, str]] = []

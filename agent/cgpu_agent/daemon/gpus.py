@@ -11,7 +11,7 @@ from cgpu_agent.daemon.config import GpuConfig
 from cgpu_agent.domain.gpujudge import GpuJudge
 from cgpu_agent.domain.gpurules import GpuRules
 from cgpu_agent.errors import HostileInput, Misuse
-from cgpu_agent.verifier.certificate import load_certificates
+from cgpu_agent.verifier.certificate import load_trusted
 from cgpu_agent.verifier.collateral import Collateral
 from cgpu_agent.verifier.gpuchain import NVIDIA_DEVICE_ROOTS, NVIDIA_RIM_ROOTS, PinnedRoots, spki_digest
 from cgpu_agent.verifier.gpufloor import Floors
@@ -65,7 +65,7 @@ def _roots(names: Sequence[str], seen: hashlib._Hash) -> PinnedRoots | None:
         if name.startswith("/"):
             data = _read(Path(name))
             seen.update(data)
-            keys |= {spki_digest(each) for each in _own(lambda data=data: load_certificates(data))}  # type: ignore[misc]
+            keys |= {spki_digest(each) for each in _own(lambda data=data: load_trusted(data))}  # type: ignore[misc]
         else:
             keys.add(bytes.fromhex(name))
     return PinnedRoots(frozenset(keys)) if keys else None

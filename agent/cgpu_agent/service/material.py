@@ -31,7 +31,7 @@ from cgpu_agent.service.enrol import MAX_INTERMEDIATES, EkRoots
 from cgpu_agent.service.issuer import Issuer, Issuers
 from cgpu_agent.service.judge import Judge
 from cgpu_agent.service.replica import ReplicaKeys
-from cgpu_agent.verifier.certificate import load_certificate, load_certificates
+from cgpu_agent.verifier.certificate import load_certificate, load_trusted
 from cgpu_agent.verifier.chain import MAX_CERTIFICATES
 from cgpu_agent.verifier.ear import sign_ear
 from cgpu_agent.verifier.ekclass import EkClass
@@ -169,7 +169,7 @@ def _certificates(paths: Iterable[Path]) -> list[x509.Certificate]:
     found: list[x509.Certificate] = []
     for path in paths:
         try:
-            found += load_certificates(_read(path))
+            found += load_trusted(_read(path))
         except HostileInput as error:
             raise Misuse("BAD_CERTIFICATE", f"{path}: {error.message}") from error
     return found

@@ -5,6 +5,7 @@ Sources: RFC 5280, 4.2; TCG "EK Credential Profile" 2.5, 3; Azure's AK certifica
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, TypeVar
@@ -77,6 +78,18 @@ def load_certificates(data: bytes) -> tuple[x509.Certificate, ...]:
     if any(label != "CERTIFICATE" for label, _ in blocks):
         raise HostileInput("BAD_CERTIFICATE", "PEM: a block that is no certificate")
     return tuple(certificate_from_der(trim_der(der)) for _, der in blocks)
+
+
+_PEM_BLOCK = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+
+
+def load_trusted(data: bytes) -> tuple[x509.Certificate, ...]:
+    """Load a relying party's own file of roots: as ``load_certificates``, but text around PEM blocks is a comment.
+
+    For files the reader chose itself, never for evidence.
+    """
+    blocks = _PEM_BLOCK.findall(data)
+    return load_certificates(b"\n".join(blocks) + b"\n" if blocks else data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -346,3 +346,17 @@ class TestLoad:
         with pytest.raises(HostileInput) as caught:
             load_certificate(data)
         assert caught.value.slug == slug
+
+
+def test_comments_around_the_blocks_of_ones_own_roots_are_no_matter() -> None:
+    from cgpu_agent.verifier.certificate import load_certificates, load_trusted
+
+    root = Authority.root("a root").certificate
+    pem = root.public_bytes(Encoding.PEM)
+    commented = b"# bundle of 2026\nSubject: CN=a root\n" + pem + b"\n# the same again\n" + pem + b"trailing words"
+    assert load_trusted(commented) == (root, root)
+    assert load_trusted(root.public_bytes(Encoding.DER)) == (root,)
+    with pytest.raises(HostileInput):
+        load_certificates(commented)
+    with pytest.raises(HostileInput):
+        load_trusted(b"no certificate at all")
