@@ -57,7 +57,7 @@ campaign: dev ## 100,000 mutants of evidence bundles, none may be accepted (MUTA
 	cd tests && ../$(BIN)/python -m fuzz.campaign --mutants $(MUTANTS)
 	HYPOTHESIS_PROFILE=campaign $(BIN)/python -m pytest tests/fuzz
 
-install: ## install units, configuration, man pages and completions (DESTDIR, PREFIX); the package itself by pip
+install: ## install units, configuration, policy and man pages (DESTDIR, PREFIX); the package itself by pip
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system/cgpu-agent.service.d $(DESTDIR)$(PREFIX)/lib/systemd/system/dev-tpmrm0.device.d
 	install -m 644 systemd/cgpu-agent.service systemd/*.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/
 	install -m 644 systemd/cgpu-agent.service.d/*.conf $(DESTDIR)$(PREFIX)/lib/systemd/system/cgpu-agent.service.d/

@@ -1,3 +1,3 @@
-"""Evidence, key release and encrypted transfer buffers for workloads in a confidential GPU VM."""
+"""Evidence of a confidential GPU VM for the workloads in it, and its verification."""
 
 __version__ = "0.1.0"
