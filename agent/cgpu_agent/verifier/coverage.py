@@ -30,7 +30,8 @@ CoverageKind = Literal["verity-root", "verity-usr", "nothing"]
 _BANK: Final = "sha256"
 _ROOT_HASH: Final = re.compile(r"[0-9a-fA-F]{64}|[0-9a-fA-F]{96}|[0-9a-fA-F]{128}")
 _OFF: Final = frozenset({"0", "no", "n", "false", "f", "off"})
-_SWITCHES: Final = frozenset({"systemd.verity", "rd.systemd.verity"})
+# Kernel, and older and newer systemd, take single quotes and such escapes differently.
+_AMBIGUOUS: Final = re.compile(r"""'|\\(?:[\s"\\]|$)""")
 _NO_IMA: Final = "IMA's list, which could show the agent's files too, is not collected yet"
 
 
@@ -105,10 +106,12 @@ def agent_coverage(result: EvidenceResult, candidates: Iterable[str] = ()) -> Co
     line = command_line(result, candidates)
     if line.text is None:
         return _nothing(f"the kernel command line is not proven: {line.detail}")
+    if _AMBIGUOUS.search(line.text):
+        return _nothing("the kernel command line has quotes or escapes that its readers read differently")
     if "\\u" in line.text or "\N{HORIZONTAL ELLIPSIS}" in line.text:
         return _nothing("the kernel command line is too long, or has characters that hide text")
     words = list(_words(line.text))
-    if any(name in _SWITCHES and value.lower() in _OFF for name, value in words):
+    if any(name == "systemd.verity" and value.lower() in _OFF for name, value in words):
         return _nothing("the kernel command line turns dm-verity off")
     if any(name.endswith("_options") and "ignore-corruption" in value for name, value in words):
         return _nothing("the kernel command line tells dm-verity to ignore corruption")
@@ -161,10 +164,14 @@ def _explained(result: EvidenceResult, pcr: int) -> bool:
 
 
 def _words(text: str) -> Iterator[tuple[str, str]]:
-    """Name and value of each parameter; as in the kernel, double quotes protect spaces and are no part of it."""
-    for match in re.finditer(r'(?:[^\s"]|"[^"]*"?)+', text):
+    """Name and value of each parameter, as systemd's generators understand them (``proc-cmdline.c``).
+
+    Double quotes protect spaces and are no part of it; ``rd.`` says the same to the initrd, where the root is set up;
+    ``-`` and ``_`` are one; and a backslash within a name may be dropped.
+    """
+    for match in re.finditer(r'(?:[^ \t\n\r"]|"[^"]*"?)+', text):
         name, _, value = match.group().replace('"', "").partition("=")
-        yield name, value
+        yield name.replace("\\", "").removeprefix("rd.").replace("-", "_"), value
 
 
 def _sole_hash(words: Iterable[tuple[str, str]], parameter: str, *, mount: str, device: str) -> str | None:

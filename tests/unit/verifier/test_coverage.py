@@ -48,6 +48,10 @@ def test_a_root_hash_in_the_measured_command_line_covers_the_agent() -> None:
     assert boots.ROOT_HASH in found.detail
 
 
+def test_a_loaders_path_with_backslashes_is_no_doubt() -> None:
+    assert coverage_of(rf"{boots.VERITY} initrd=\EFI\debian\initrd").root_hash == boots.ROOT_HASH
+
+
 def test_a_usr_hash_covers_programs_and_says_that_etc_is_not_covered() -> None:
     found = coverage_of(f"/vmlinuz root=/dev/sda2 mount.usr=/dev/mapper/usr usrhash={boots.ROOT_HASH}")
     assert (found.kind, found.root_hash) == ("verity-usr", boots.ROOT_HASH)
@@ -61,6 +65,15 @@ def test_a_usr_hash_covers_programs_and_says_that_etc_is_not_covered() -> None:
         f"/vmlinuz root=/dev/sda1 roothash={boots.ROOT_HASH}",
         f"/vmlinuz roothash={boots.ROOT_HASH} roothash={'f' * 64}",
         f"/vmlinuz roothash={boots.ROOT_HASH} roothash={boots.ROOT_HASH}",
+        f"/vmlinuz roothash={boots.ROOT_HASH} rd.roothash={'f' * 64}",
+        f"/vmlinuz roothash={boots.ROOT_HASH} rd.root=/dev/sda1",
+        f"/vmlinuz roothash={boots.ROOT_HASH} 'roothash={'f' * 64}'",
+        f"/vmlinuz roothash={boots.ROOT_HASH} r'oo'thash={'f' * 64}",
+        f"/vmlinuz roothash={boots.ROOT_HASH} root\\hash={'f' * 64}",
+        f'/vmlinuz roothash={boots.ROOT_HASH} a=\\" roothash={"f" * 64} b=\\"',
+        f"/vmlinuz x\\ roothash={boots.ROOT_HASH}",
+        f"/vmlinuz x\vroothash={boots.ROOT_HASH}",
+        f"/vmlinuz roothash={boots.ROOT_HASH} systemd.verity-root-options=ignore-corruption",
         f"/vmlinuz roothash={boots.ROOT_HASH[:-1]}",
         f"/vmlinuz roothash={boots.ROOT_HASH[:-1]}g",
         f'/vmlinuz init="/bin/sh roothash={boots.ROOT_HASH}"',
