@@ -153,6 +153,7 @@ def _status(path: PinnedPath, position: int, data: RevocationData, at: datetime)
     words = [_crl_word(crl, child, issuer, data, at) for crl in data.crls if _names(crl.issuer) == child.issuer]
     for response in data.responses:
         words += _ocsp_words(response, child, issuer, data, at)
+    words.sort(key=lambda word: word.on_hold)  # a hold, which may be allowed, must not hide a final revocation
     for wanted in ("revoked", "good", "unknown"):
         found = next((word for word in words if word.status == wanted), None)
         if found is not None:

@@ -87,6 +87,13 @@ def test_a_revocation_counts_however_old_its_paper_and_whatever_else_is_said() -
     assert status(crls=(good, stale), responses=(response,)).status == "revoked"
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_hold_never_hides_a_final_revocation(order: int) -> None:
+    child = BOOT_ROM.certificate
+    papers = (crl(PROVISIONER, child, reason=HOLD), crl(PROVISIONER, child, reason=x509.ReasonFlags.key_compromise))
+    assert not status(crls=papers[::order]).on_hold
+
+
 def test_a_stale_or_future_crl_leaves_the_status_unknown() -> None:
     for this, following in ((-9, -1), (1, 9)):
         paper = crl(PROVISIONER, this_update=NOW + timedelta(days=this), next_update=NOW + timedelta(days=following))
