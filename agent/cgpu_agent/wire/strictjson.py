@@ -117,9 +117,12 @@ class Fields:
 
     def text(self, name: str, limit: int) -> str:
         value = self.raw(name)
-        if not isinstance(value, str) or len(value.encode("utf-8", "replace")) > limit:
-            raise self.fail(f"{name} is not a string of at most {limit} bytes")
-        return value
+        try:
+            if isinstance(value, str) and len(value.encode("utf-8")) <= limit:
+                return value
+        except UnicodeEncodeError:  # a lone surrogate: no reader could write it again
+            pass
+        raise self.fail(f"{name} is not a string of at most {limit} bytes of UTF-8")
 
     def choice(self, name: str, allowed: frozenset[str]) -> str:
         value = self.raw(name)

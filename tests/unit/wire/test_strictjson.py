@@ -132,6 +132,7 @@ def test_a_value_that_is_there_is_not_absent() -> None:
         lambda: fields().absent("a") or fields().raw("a"),
         lambda: fields(a=1).text("a", 9),
         lambda: fields(a="\u00fc").text("a", 1),
+        lambda: fields(a="\ud800").text("a", 9),
         lambda: fields(a="c").choice("a", frozenset("b")),
         lambda: fields(a=["b"]).choice("a", frozenset("b")),
         lambda: fields(a=True).integer("a", 0, 9),
