@@ -38,6 +38,8 @@ from cgpu_agent.rpc.measured_boot import MeasuredBootService
 
 MAX_REQUEST = 64 << 10
 MAX_RESPONSE = 32 << 20
+MAX_STREAMS = 128
+"""Calls at a time on one connection; a client with more of them waits."""
 
 SELF_CHECK = "/cgpu.agent.internal.SelfCheck/Pid"
 """Answers the caller's pid, to the daemon itself only: how it proves at start that identities reach handlers."""
@@ -134,6 +136,8 @@ def guarded(
         options=(
             ("grpc.max_receive_message_length", MAX_REQUEST),
             ("grpc.max_send_message_length", MAX_RESPONSE),
+            # A stream without its message is held by grpc, where neither the gate nor its limits see it.
+            ("grpc.max_concurrent_streams", MAX_STREAMS),
         ),
     )
     services = add_services(server)

@@ -327,11 +327,6 @@ class FrontDoor:
         elif moved is Moved.ENDED:
             self._drop(connection)
 
-    def _continue_flows(self, flows: set[Flow]) -> None:
-        for flow in flows:
-            connection = self._unfinished.pop(flow)
-            self._move(connection, flow)
-
     def _cut(self, connection: Connection, _mask: int) -> None:
         """The connecting process died: whoever still holds its socket is somebody else."""
         self._counts["cut_dead"] += 1

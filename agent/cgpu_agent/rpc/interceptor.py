@@ -160,8 +160,8 @@ class Gate(grpc.aio.ServerInterceptor):
             ):
                 async for response in responses:
                     connection.check()
-                    if connection.caller is not None:  # what was allowed when the stream began may be no more
-                        self._permitted(connection.caller, method)
+                    # What was allowed when the stream began may be no more.
+                    self._permitted(await self._for_policy(connection, current_caller()), method)
                     yield response
 
         return guarded
@@ -183,8 +183,7 @@ class Gate(grpc.aio.ServerInterceptor):
         ended: Callable[[str], Awaitable[None]] | None = None
         try:
             connection, caller = self._identified(context)
-            if self._wants_executable():
-                caller = await _with_executable(connection, caller)
+            caller = await self._for_policy(connection, caller)
             decision = self._permitted(caller, method)
             _caller.set(caller)
             with self._in_flight.hold(caller.uid):
@@ -213,6 +212,10 @@ class Gate(grpc.aio.ServerInterceptor):
             self.calls[method, code.name] += 1
             if ended is not None:
                 await ended(code.name)
+
+    async def _for_policy(self, connection: Connection, caller: Caller) -> Caller:
+        """The caller with all that the policy of this moment asks about."""
+        return await _with_executable(connection, caller) if self._wants_executable() else caller
 
     def _permitted(self, caller: Caller, method: str) -> Decision:
         decision = self._authorize(caller, method)

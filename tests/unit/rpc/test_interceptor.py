@@ -19,7 +19,7 @@ import structlog
 
 from cgpu_agent.api.v1 import errors_pb2
 from cgpu_agent.daemon.logging import configure
-from cgpu_agent.daemon.servers import Guarded, guarded
+from cgpu_agent.daemon.servers import MAX_STREAMS, Guarded, guarded
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import Decision
 from cgpu_agent.domain.quota import InFlight
@@ -43,10 +43,12 @@ class Site:
     """A server with a real door and gate around handlers that go wrong in every way."""
 
     def __init__(self, in_flight: InFlight | None = None, *, wants_executable: bool = False) -> None:
+        self.wants_executable = wants_executable
         self.root = Path(tempfile.mkdtemp(prefix="gate-", dir="/tmp"))
         self.in_flight = in_flight or InFlight(64, 64)
         self.allowed = True
         self.ran = 0
+        self.running = 0
         self.go_on = asyncio.Event()
         self.waiting = asyncio.Event()
         self.server: Guarded = guarded(
@@ -58,7 +60,7 @@ class Site:
             self.in_flight,
             DoorLimits(),
             self._add,
-            wants_executable=lambda: wants_executable,
+            wants_executable=lambda: self.wants_executable,
         )
         self.programs: set[str | None] = set()
         self.channel = grpc.aio.insecure_channel(f"unix:{self.root}/sock")
@@ -112,6 +114,7 @@ class Site:
 
     async def _wait(self, _request: bytes, _context: Any) -> bytes:
         self.waiting.set()
+        self.running += 1
         await self.go_on.wait()
         return b"went on"
 
@@ -204,6 +207,36 @@ def test_programs_are_hashed_only_where_the_policy_speaks_of_them(wanted: bool) 
             await site.call("Who")
             await site.call("Who")
             assert site.programs == {own if wanted else None}
+
+    asyncio.run(scenario())
+
+
+def test_a_running_stream_is_judged_with_its_program_once_the_policy_speaks_of_programs() -> None:
+    own = hashlib.sha256(Path("/proc/self/exe").read_bytes()).hexdigest()
+
+    async def scenario() -> None:
+        async with Site() as site:
+            call = site.channel.unary_stream(f"/{SERVICE}/Yield")(b"wait", timeout=30)
+            assert await call.read() == b"first"
+            await site.waiting.wait()
+            site.programs.clear()
+            site.wants_executable = True
+            site.go_on.set()
+            assert await call.read() == b"last"
+            assert site.programs == {own}
+
+    asyncio.run(scenario())
+
+
+def test_one_connection_has_so_many_calls_at_a_time_and_no_more() -> None:
+    async def scenario() -> None:
+        async with Site(InFlight(4096, 4096)) as site:
+            calls = [asyncio.ensure_future(site.call("Wait")) for _ in range(MAX_STREAMS + 20)]
+            await until(lambda: site.running >= MAX_STREAMS)
+            await asyncio.sleep(0.3)
+            assert site.running == MAX_STREAMS
+            site.go_on.set()
+            assert set(await asyncio.gather(*calls)) == {b"went on"}
 
     asyncio.run(scenario())
 
