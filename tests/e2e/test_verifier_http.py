@@ -185,6 +185,13 @@ class TestWaste:
             talking.join()
         assert said.startswith(b"HTTP/1.1 200 ")
 
+    def test_a_client_that_reads_no_answers_is_hung_up_on(self, verifier: Verifier) -> None:
+        with verifier.connect() as connection:
+            connection.settimeout(60)
+            many = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 1_000_000
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                connection.sendall(many)
+
     def test_bodies_that_do_not_fit_together_are_told_to_come_back(self, verifier: Verifier) -> None:
         head = b"POST /v1/verify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
         with verifier.connect() as first, verifier.connect() as second:
@@ -293,6 +300,9 @@ class TestLife:
         ):
             assert verifier.run("keygen", kind, tmp_path / f"made-{kind}", *more).returncode == 0
             assert verifier.run("keygen", kind, tmp_path / f"made-{kind}", *more).returncode == 2
+        again = (tmp_path / "other-ca", "--certificate", tmp_path / "made.pem", "--name", "our CA")
+        assert verifier.run("keygen", "ca", *again).returncode == 2
+        assert not (tmp_path / "other-ca").exists()
         verifier.tables["keys"] = f'replica = "{tmp_path}/made-replica"\nsigning = ["{tmp_path}/made-signing"]'
         verifier.tables["enrol"] = f'certificate = "{tmp_path}/made.pem"\nkey = "{tmp_path}/made-ca"'
         assert verifier.run("check", "--config", verifier.config).returncode == 0

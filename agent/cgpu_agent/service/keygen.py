@@ -62,7 +62,11 @@ def enrolment_ca(path: Path, certificate_path: Path, name: str, *, now: datetime
         .sign(key, SHA256())
     )
     write(path, _pem(key), 0o600)
-    write(certificate_path, certificate.public_bytes(Encoding.PEM), 0o644)
+    try:
+        write(certificate_path, certificate.public_bytes(Encoding.PEM), 0o644)
+    except Misuse:
+        path.unlink()  # a key without its certificate would stand in the way of the next try
+        raise
 
 
 def _pem(key: EllipticCurvePrivateKey) -> bytes:
@@ -76,6 +80,8 @@ def write(path: Path, data: bytes, mode: int) -> None:
         with os.fdopen(fd, "wb") as file:
             file.write(data)
     except FileExistsError:
-        raise Misuse("FILE_EXISTS", f"{path} is there already, and is not overwritten") from None
+        raise Misuse(
+            "FILE_EXISTS", f"{path} is there already, and is not overwritten: move it away, or choose another name"
+        ) from None
     except OSError as error:
         raise Misuse("NO_FILE", f"{path}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with the two bounds it lacks: how many connections, and how long one may say nothing."""
+"""uvicorn's HTTP protocol with the bounds it lacks: how many connections, how long a silent or deaf one stays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class BoundedProtocol(H11Protocol):
 
     Args:
         limit: connections above this number are cut at once.
-        patience: seconds within which a request's header must be complete, from connect or from the last answer.
+        patience: seconds within which a request's header must be complete, from connect or from the last answer, and
+            within which answers that piled up must begin to be read.
         arguments: uvicorn's.
     """
 
@@ -24,6 +25,7 @@ class BoundedProtocol(H11Protocol):
         self._limit = limit
         self._patience = patience
         self._timer: asyncio.TimerHandle | None = None
+        self._unread = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -37,6 +39,17 @@ class BoundedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self._answering and not self._unread:
+            self._wait_no_more()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = True
+        self._wait()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._unread = False
         if self._answering:
             self._wait_no_more()
 
