@@ -236,3 +236,9 @@ def test_whatever_is_not_shown_is_said() -> None:
     assert said["NO_FLOOR"].startswith("floor: none configured")
     shown = set_json(result)
     assert shown["not_covered"] == ["cc-mode", "devtools-mode", "ready-state", "cpu-binding"]
+
+
+def test_switches_alone_are_no_gpus_and_that_is_said() -> None:
+    result = verify_devices([of(SWITCH).evidence], PARTY)
+    assert "NO_GPUS" in [step.slug for step in warnings(result)]
+    assert refused(verify_devices([of(SWITCH).evidence], PARTY, expected_gpus=1)) == ("set.count", "WRONG_COUNT")

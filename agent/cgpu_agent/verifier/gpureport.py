@@ -8,7 +8,7 @@ from cgpu_agent.verifier.gpuset import SetResult
 from cgpu_agent.verifier.verdict import Outcome, Step
 from cgpu_agent.wire.nvidia import GpuFields
 
-_NO_DOUBT = frozenset({"NOT_APPLICABLE", "NO_GPUS", "AFTER_REFUSAL"})
+_NO_DOUBT = frozenset({"NOT_APPLICABLE", "AFTER_REFUSAL"})
 
 
 def set_json(result: SetResult) -> dict[str, object]:
