@@ -19,6 +19,8 @@ DEFAULT_ADMIN_SOCKET = "/run/cgpu-agent/admin.sock"
 ENVIRONMENT = "CGPU_AGENT_SOCKET"
 ADMIN_ENVIRONMENT = "CGPU_AGENT_ADMIN_SOCKET"
 
+_WHO_MAY = "its mode and group say who may; the admin socket is for root"
+
 # A bundle with all its logs; the daemon's own cap on what it sends.
 CHANNEL_OPTIONS = (("grpc.max_receive_message_length", 32 << 20), ("grpc.default_authority", "localhost"))
 
@@ -50,22 +52,21 @@ def unreachable(path: str) -> Unavailable:
     try:
         info = Path(path).stat()
     except PermissionError:
-        return Unavailable("SOCKET_DENIED", f"no permission to reach {path}: is this user in the socket's group?")
+        return Unavailable("SOCKET_DENIED", f"no permission to reach {path}: {_WHO_MAY}")
     except OSError:
         return Unavailable(
             "NO_SOCKET",
-            f"there is no {path}: start the agent (systemctl start cgpu-agent.socket) or set {ENVIRONMENT}",
+            f"there is no {path}: start the agent (systemctl start cgpu-agent.socket cgpu-agent-admin.socket), or "
+            f"say where its socket is ({ENVIRONMENT}, {ADMIN_ENVIRONMENT})",
         )
     if not stat.S_ISSOCK(info.st_mode):
-        return Unavailable("NO_SOCKET", f"{path} is not a socket")
+        return Unavailable("NO_SOCKET", f"{path} is not a socket: name the agent's")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)
         try:
             probe.connect(path)
         except PermissionError:
-            return Unavailable(
-                "SOCKET_DENIED", f"no permission to connect to {path} (its mode and group say who may)"
-            )
+            return Unavailable("SOCKET_DENIED", f"no permission to connect to {path}: {_WHO_MAY}")
         except OSError:
             return Unavailable("NO_AGENT", f"nobody listens at {path}: systemctl status cgpu-agent", retry_after=1.0)
     return Unavailable("CONNECTION_LOST", "the agent closed the connection; try again", retry_after=0.5)
