@@ -14,11 +14,12 @@ from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.verifier.verdict import Check, Outcome, Skip
 from cgpu_agent.wire.tpm import parse_attest
 from fixtures.attacks_on_keys_and_logs import KEY_AND_LOG_ATTACKS
+from fixtures.attacks_on_lanes import LANE_ATTACKS
 from fixtures.attacks_on_statements import STATEMENT_ATTACKS
 from fixtures.bundles import GENUINE, PARTY
 from fixtures.catalogue import Attack
 
-ATTACKS = [*STATEMENT_ATTACKS, *KEY_AND_LOG_ATTACKS]
+ATTACKS = [*STATEMENT_ATTACKS, *KEY_AND_LOG_ATTACKS, *LANE_ATTACKS]
 REPORTS_ONLY = {"boot.secure-boot"}
 """Tells what booted and refuses nothing: a log without SHA-256 digests was refused when it was replayed."""
 

@@ -11,13 +11,16 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fixtures.attest import quote
 from fixtures.bundles import AGENT_AK, AUDIENCE, BOOT_LOG, GENUINE, NONCE, ROOT
+from fixtures.lanes import asking
 
 RPC = ("grpc", "google", "grpc_health", "grpc_reflection")
 DAEMON = ("structlog", "tpm2_pytss", "pynvml")
 POLICY = ("cedarpy", "joserfc")
 CRYPTO = ("cryptography",)
 
-VERIFIER_LACKS = (*RPC, *DAEMON)
+GPU = ("lxml", "signxml")
+
+VERIFIER_LACKS = (*RPC, *DAEMON, *GPU)
 CLIENT_LACKS = (*DAEMON, *POLICY, *CRYPTO)
 
 PRELUDE = """
@@ -86,6 +89,16 @@ print(sorted(loaded & {"grpc", "google", "tpm2_pytss", "structlog", "pynvml", "c
 """
         ran = python(code, without=())
         assert (ran.returncode, ran.stdout, ran.stderr) == (0, "[]\n", "")
+
+    def test_without_the_packages_for_gpus_a_bundle_with_gpus_is_refused_and_says_why(self, tmp_path: Path) -> None:
+        bundle, root = tmp_path / "bundle", tmp_path / "root"
+        bundle.write_bytes(asking())
+        root.write_bytes(ROOT.certificate.public_bytes(Encoding.PEM))
+        arguments = [str(bundle) if word == "bundle" else word for word in self.VERIFY]
+        ran = python(RUN, *[str(root) if word == "root" else word for word in arguments], without=GPU)
+        assert (ran.returncode, ran.stderr) == (1, "")
+        assert "GPU_PACKAGES_MISSING" in ran.stdout
+        assert "pip install 'cgpu-agent[gpu]'" in ran.stdout
 
     @pytest.mark.parametrize("arguments", [("status",), ("evidence", "get", "-o", "x"), ("boot", "show")])
     def test_commands_that_need_the_agent_say_what_to_install(self, arguments: tuple[str, ...]) -> None:

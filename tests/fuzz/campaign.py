@@ -20,8 +20,8 @@ from typing import Any
 
 from cgpu_agent.verifier.evidence import verify_evidence
 from cgpu_agent.wire.bundle import parse_bundle
-from fixtures.bundles import GENUINE, PARTY
-from fuzz.test_bundle_fuzz import MEANINGS, OTHER, SAME_BATCH, meaning
+from fixtures.lanes import FULL_PARTY
+from fuzz.test_bundle_fuzz import GENUINE, MEANINGS, OTHER, SAME_BATCH, meaning
 
 _CHUNK = 2000
 _FILES = tuple(bundle.encode() for bundle in (GENUINE, SAME_BATCH, OTHER))
@@ -152,7 +152,7 @@ def replay(rng: random.Random) -> bytes:
     """A genuine bundle of somebody else, or for another nonce, in whole or with the wanted nonce written over it."""
     document = deepcopy(rng.choice(_DOCUMENTS))
     statement = json.loads(base64.b64decode(document["statement"]))
-    statement["nonce"] = rng.choice((PARTY.nonce.hex(), rng.randbytes(16).hex()))
+    statement["nonce"] = rng.choice((FULL_PARTY.nonce.hex(), rng.randbytes(16).hex()))
     statement["salt"] = rng.randbytes(16).hex()
     encoded = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode()
     document["statement"] = base64.b64encode(encoded).decode()
@@ -184,7 +184,7 @@ def judge(start: int, count: int, seed: int) -> tuple[Counter[str], list[int]]:
     wrong: list[int] = []
     for number in range(start, start + count):
         name, data = mutant(number, seed)
-        result = verify_evidence(data, PARTY)
+        result = verify_evidence(data, FULL_PARTY)
         if result.accepted:
             same = meaning(parse_bundle(data)) in MEANINGS
             outcomes[f"{name}: the same bundle, written otherwise" if same else f"{name}: ACCEPTED"] += 1

@@ -22,21 +22,21 @@ from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.bundle import Bundle, parse_bundle, parse_manifest, parse_statement
 from cgpu_agent.wire.cel import parse_agent_log, parse_systemd_log
+from cgpu_agent.wire.merkle import Tree
 from cgpu_agent.wire.tpm import ALG_ECDSA, parse_signature
-from fixtures.attest import Signer, ecc_key, tpm2b, u16
+from fixtures.attest import tpm2b, u16
 from fixtures.bundles import (
     AGENT_AK,
-    BOOT_LOG,
-    GENUINE,
-    HONEST,
-    PARTY,
     PLATFORM_AK,
     ROOT,
     SYSTEMD_LOG,
-    bent,
     name_of,
     statement,
 )
+from fixtures.lanes import AZURE_LOG, FULL_PARTY, FULL_RECIPE, full, full_elsewhere
+from fixtures.platform import AMD
+
+GENUINE = full()
 
 
 def load(data: bytes) -> object:
@@ -46,7 +46,7 @@ def load(data: bytes) -> object:
 SEEDS: dict[Callable[[bytes], object], tuple[bytes, ...]] = {
     load: (b'{"a":[1,"\\u00fc",null,true],"b":{"c":""}}', GENUINE.manifest),
     parse_statement: (GENUINE.statement, statement(user_data=b"data", public_key=b"key").encode()),
-    parse_manifest: (GENUINE.manifest, replace(HONEST, boot_log=None, systemd_log=None).manifest()),
+    parse_manifest: (GENUINE.manifest, replace(FULL_RECIPE, boot_log=None, systemd_log=None).manifest()),
     parse_bundle: (replace(GENUINE, boot_log=None, systemd_log=None).encode(),),
     parse_agent_log: (GENUINE.agent_log,),
     parse_systemd_log: (SYSTEMD_LOG,),
@@ -54,18 +54,9 @@ SEEDS: dict[Callable[[bytes], object], tuple[bytes, ...]] = {
 PARSERS = pytest.mark.parametrize("parse", SEEDS, ids=lambda parse: parse.__name__)
 
 GENUINE_FILE = GENUINE.encode()
-_OTHER_PLATFORM = Signer(ecc_key())
-OTHER = replace(
-    HONEST,
-    statements=(statement(salt=b"\7" * 16), statement(time=1)),
-    index=0,
-    agent=Signer(ecc_key()),
-    platform=_OTHER_PLATFORM,
-    platform_certificate=ROOT.issue(_OTHER_PLATFORM.key.public_key()).public_bytes(Encoding.DER),
-    resets=4,
-).bundle()
-"""As genuine, for the same relying party and nonce, from another VM."""
-SAME_BATCH = replace(HONEST, index=0).bundle()
+OTHER = full_elsewhere()
+_TREE = Tree(FULL_RECIPE.leaves)
+SAME_BATCH = replace(GENUINE, statement=FULL_RECIPE.leaves[0], leaf_index=0, inclusion_path=_TREE.path(0))
 """The bundle of the neighbour in the genuine one's batch, who was given the same nonce."""
 
 
@@ -81,6 +72,8 @@ def meaning(bundle: Bundle) -> dict[str, object]:
         "platform AK": load_attestation_key(bundle.platform_ak).spki,
         "PCRs": dict(bundle.pcrs),
         "logs": (bundle.boot_log, bundle.systemd_log, bundle.agent_log),
+        "GPUs": bundle.gpus,
+        "hardware": None if bundle.platform is None else bundle.platform.digest(),
     }
 
 
@@ -88,7 +81,7 @@ MEANINGS = [meaning(bundle) for bundle in (GENUINE, SAME_BATCH, OTHER)]
 
 
 def refused_or_genuine(data: bytes) -> EvidenceResult:
-    result = verify_evidence(data, PARTY)
+    result = verify_evidence(data, FULL_PARTY)
     if result.accepted:
         assert meaning(parse_bundle(data)) in MEANINGS
     else:
@@ -261,7 +254,7 @@ def test_a_key_given_twice_is_never_accepted(path: Path, data: st.DataObject) ->
     head = f"{json.dumps(key)}:{json.dumps(value, sort_keys=True, separators=(',', ':'))}".encode()
     assert head in GENUINE_FILE
     doubled = GENUINE_FILE.replace(head, head + f",{json.dumps(key)}:{json.dumps(second)}".encode(), 1)
-    result = verify_evidence(doubled, PARTY)
+    result = verify_evidence(doubled, FULL_PARTY)
     assert result.refusal is not None
     assert result.refusal.slug == "DUPLICATE_KEY"
 
@@ -271,7 +264,7 @@ PARTS = [field.name for field in fields(Bundle)]
 
 @pytest.mark.parametrize("other", [OTHER, SAME_BATCH], ids=["another VM", "same batch"])
 def test_parts_of_two_genuine_bundles_make_no_third(other: Bundle) -> None:
-    assert verify_evidence(other.encode(), PARTY).accepted
+    assert verify_evidence(other.encode(), FULL_PARTY).accepted
 
     @settings(max_examples=300, deadline=None)
     @given(st.sets(st.sampled_from(PARTS)))
@@ -287,7 +280,7 @@ def test_every_part_belongs_to_its_bundle(part: str) -> None:
     """One part of another VM's evidence: refused, unless both VMs share it or nothing rests on it."""
     mixed = replace(GENUINE, **{part: getattr(OTHER, part)})
     shared = getattr(OTHER, part) == getattr(GENUINE, part)
-    assert verify_evidence(mixed.encode(), PARTY).accepted == shared
+    assert verify_evidence(mixed.encode(), FULL_PARTY).accepted == shared
     assert not shared or part in {"ek_certificates", "boot_log", "systemd_log"}
 
 
@@ -300,16 +293,23 @@ def facts(result: EvidenceResult) -> tuple[object, ...]:
         result.boot_log,
         result.records,
         result.endorsement.kind if result.endorsement else None,
+        None if result.gpus is None else [device.facts for device in result.gpus.devices],
+        result.simulated,
     )
+
+
+def _bent(**changed: Any) -> bytes:
+    """The genuine bundle file with parts exchanged and nothing signed anew."""
+    return replace(GENUINE, **changed).encode()
 
 
 class TestUnsigned:
     """All that can change in an accepted bundle; none of it changes what the verdict says of the machine."""
 
-    FACTS = facts(verify_evidence(GENUINE_FILE, PARTY))
+    FACTS = facts(verify_evidence(GENUINE_FILE, FULL_PARTY))
 
     def accepted(self, data: bytes) -> None:
-        result = verify_evidence(data, PARTY)
+        result = verify_evidence(data, FULL_PARTY)
         assert result.accepted, result.refusal
         assert facts(result) == self.FACTS
 
@@ -319,24 +319,32 @@ class TestUnsigned:
 
     @pytest.mark.parametrize("certificates", [(b"",), (b"not even DER",), (GENUINE.platform_ak_certificate,) * 4])
     def test_ek_certificates_are_for_information(self, certificates: tuple[bytes, ...]) -> None:
-        self.accepted(bent(ek_certificates=certificates))
+        self.accepted(_bent(ek_certificates=certificates))
 
     def test_a_platform_ak_is_certified_by_its_key_and_not_by_its_description(self) -> None:
-        self.accepted(bent(platform_ak=replace(PLATFORM_AK, policy=b"p" * 32).public()))
-        self.accepted(bent(platform_ak=PLATFORM_AK.public(pinned=False)))
+        self.accepted(_bent(platform_ak=replace(PLATFORM_AK, policy=b"p" * 32).public()))
+        self.accepted(_bent(platform_ak=PLATFORM_AK.public(pinned=False)))
 
     def test_another_good_certificate_of_the_same_key_is_as_good(self) -> None:
         again = ROOT.issue(PLATFORM_AK.key.public_key(), "platform AK").public_bytes(Encoding.DER)
-        self.accepted(bent(platform_ak_certificate=again + bytes(8)))
+        self.accepted(_bent(platform_ak_certificate=again + bytes(8)))
 
     def test_a_certificate_can_be_left_out_where_the_name_is_pinned(self) -> None:
-        party = replace(PARTY, pinned_names=frozenset({name_of(PLATFORM_AK)}))
-        result = verify_evidence(bent(platform_ak_certificate=None), party)
+        party = replace(FULL_PARTY, pinned_names=frozenset({name_of(PLATFORM_AK)}))
+        result = verify_evidence(_bent(platform_ak_certificate=None), party)
         assert result.endorsement is not None
-        assert result.endorsement.kind == "pinned"
+        assert result.endorsement.pinned
+
+    def test_the_certificates_beside_a_hardware_report_speak_for_themselves(self) -> None:
+        assert GENUINE.platform is not None
+        leaf, *others = GENUINE.platform.certificates
+        again = AMD.leaf().vcek.certificate.public_bytes(Encoding.DER)
+        assert again != leaf
+        for certificates in ((*others, leaf), (leaf, *others, leaf), (again, *others)):
+            self.accepted(_bent(platform=replace(GENUINE.platform, certificates=certificates)))
 
     def test_keys_in_either_of_their_tpm_forms(self) -> None:
-        self.accepted(bent(agent_ak=tpm2b(AGENT_AK.public()), platform_ak=tpm2b(PLATFORM_AK.public())))
+        self.accepted(_bent(agent_ak=tpm2b(AGENT_AK.public()), platform_ak=tpm2b(PLATFORM_AK.public())))
 
     def test_signatures_in_another_form(self) -> None:
         """ECDSA has two signatures for each, and a bare PKCS#1 signature says the same as a framed one."""
@@ -345,12 +353,12 @@ class TestUnsigned:
         order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
         twin = u16(ALG_ECDSA) + u16(0x000B) + tpm2b(r.to_bytes(32, "big")) + tpm2b((order - s).to_bytes(32, "big"))
         assert isinstance(PLATFORM_AK.key, rsa.RSAPrivateKey)
-        self.accepted(bent(quote=replace(quote, signature=twin)))
-        self.accepted(bent(agent_ak_certify=replace(certification, signature=certification.signature[6:])))
+        self.accepted(_bent(quote=replace(quote, signature=twin)))
+        self.accepted(_bent(agent_ak_certify=replace(certification, signature=certification.signature[6:])))
 
     def test_nothing_else(self) -> None:
         """What ``meaning`` leaves out is exactly what the tests above change."""
         kept = {"statement", "manifest", "leaf_index", "inclusion_path", "pcrs", "agent_ak", "platform_ak"}
-        kept |= {"boot_log", "systemd_log", "agent_log", "quote", "agent_ak_certify"}
-        assert set(PARTS) - kept == {"ek_certificates", "platform_ak_certificate"}
-        assert parse_bundle(GENUINE_FILE).boot_log == BOOT_LOG
+        kept |= {"boot_log", "systemd_log", "agent_log", "quote", "agent_ak_certify", "gpus"}
+        assert set(PARTS) - kept == {"ek_certificates", "platform_ak_certificate", "platform"}
+        assert parse_bundle(GENUINE_FILE).boot_log == AZURE_LOG

@@ -23,6 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.audience,
             user_data=None if arguments.user_data is None else parse_hex(arguments.user_data, "--user-data"),
             public_key=None if arguments.public_key is None else read_file(arguments.public_key, 8192),
+            gpus=arguments.gpus,
         )
     if arguments.output is None:
         sys.stdout.buffer.write(bundle)

@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
-from typing import TypeVar
 
 from cgpu_agent.cli import output
-from cgpu_agent.cli.inputs import parse_hex, parse_time, read_all, read_file
+from cgpu_agent.cli.gpudemands import party_of
+from cgpu_agent.cli.inputs import parse_hex, parse_time, read_file
 from cgpu_agent.errors import HostileInput, Misuse
-from cgpu_agent.verifier.certificate import load_trusted
-from cgpu_agent.verifier.collateral import Collateral
 from cgpu_agent.verifier.gpucapability import NOT_COVERED, Architecture
-from cgpu_agent.verifier.gpucase import DeviceEvidence, DeviceResult, GpuParty
-from cgpu_agent.verifier.gpuchain import NVIDIA_DEVICE_ROOTS, NVIDIA_RIM_ROOTS, PinnedRoots
+from cgpu_agent.verifier.gpucase import DeviceEvidence, DeviceResult
 from cgpu_agent.verifier.gpueat import eat
-from cgpu_agent.verifier.gpufloor import Floors
 from cgpu_agent.verifier.gpureport import set_json, warnings
 from cgpu_agent.verifier.gpuset import SetResult, verify_devices
 from cgpu_agent.wire.gpuevidence import MAX_EVIDENCE, EvidenceItem, parse_evidence
-
-T = TypeVar("T")
 
 _HEX = re.compile(rb"\s*[0-9A-Fa-f\s]+")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    party = GpuParty(
+    party = party_of(
+        arguments,
         at=parse_time(arguments.at),
         nonce=None if arguments.nonce is None else parse_hex(arguments.nonce, "--nonce"),
-        device_roots=_roots(arguments.device_root, NVIDIA_DEVICE_ROOTS),
-        rim_roots=_roots(arguments.rim_root, NVIDIA_RIM_ROOTS),
-        collateral=_own(lambda: _collateral(arguments)),
-        floors=Floors(arguments.min_driver, arguments.min_vbios, arguments.min_switch_bios),
         architecture=None if arguments.arch is None else Architecture(arguments.arch),
-        allow_no_rim=arguments.allow_no_rim,
-        allow_rim_hold=arguments.allow_rim_hold,
-        require_revocation=arguments.require_revocation,
-        require_fwid=arguments.require_fwid,
     )
     try:
         evidence = _evidence(arguments)
@@ -58,29 +42,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         show(result)
     return output.EXIT_PASS if result.accepted else output.EXIT_REFUSED
-
-
-def _own(load: Callable[[], T]) -> T:
-    """What the judge himself brings along is wrong: that is a bad argument, and says nothing of the evidence."""
-    try:
-        return load()
-    except HostileInput as error:
-        raise Misuse(error.slug, error.message) from error
-
-
-def _roots(path: Path | None, default: PinnedRoots) -> PinnedRoots:
-    if path is None:
-        return default
-    return _own(lambda: PinnedRoots.of(load_trusted(read_file(path, 1 << 20))))
-
-
-def _collateral(arguments: argparse.Namespace) -> Collateral:
-    return Collateral.load(
-        rims=read_all(arguments.rim),
-        crls=read_all(arguments.crl),
-        ocsp=read_all(arguments.ocsp),
-        max_age=None if arguments.max_age is None else timedelta(days=arguments.max_age),
-    )
 
 
 def _evidence(arguments: argparse.Namespace) -> list[DeviceEvidence]:

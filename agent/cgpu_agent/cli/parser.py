@@ -102,6 +102,7 @@ def _evidence(commands: _Commands[argparse.ArgumentParser]) -> None:
         metavar="NAME",
         help=f"the relying party it is for (default: {DEFAULT_AUDIENCE})",
     )
+    parser.add_argument("--gpus", action="store_true", help="the GPUs too, not the boot alone")
     binding = parser.add_mutually_exclusive_group()
     binding.add_argument("--user-data", metavar="HEX", help="up to 64 bytes to bind")
     binding.add_argument("--public-key", type=Path, metavar="FILE", help="key to bind (DER SubjectPublicKeyInfo)")
@@ -142,6 +143,8 @@ def _relying_party(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-no-boot-log", action="store_true", help="accept a missing firmware log; the verdict says so"
     )
+    _floor(parser)
+    _gpu_demands(parser.add_argument_group("GPUs"))
 
 
 def _verify(commands: _Commands[argparse.ArgumentParser]) -> None:
@@ -233,6 +236,37 @@ def _quote(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.set_defaults(module="quote")
 
 
+def _floor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--floor",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="lowest security version of the processor's firmware to accept",
+    )
+
+
+def _gpu_demands(parser: argparse._ActionsContainer) -> None:
+    """What a judge demands of GPUs, and brings along."""
+    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
+    parser.add_argument("--gpus", type=int, metavar="COUNT", help="how many GPUs there must be")
+    parser.add_argument("--rim", help="NVIDIA's reference values: signed XML", **files)  # type: ignore[arg-type]
+    parser.add_argument("--crl", help="certificate revocation list (DER or PEM)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--ocsp", help="OCSP response (DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--max-age", type=int, metavar="DAYS", help="oldest acceptable CRL or OCSP response")
+    parser.add_argument("--device-root", type=Path, metavar="FILE", help="trust this root instead of NVIDIA's")
+    parser.add_argument("--rim-root", type=Path, metavar="FILE", help="the same for reference values")
+    parser.add_argument("--min-driver", metavar="VERSION", help="lowest driver to accept")
+    parser.add_argument("--min-vbios", metavar="VERSION", help="lowest GPU firmware to accept")
+    parser.add_argument("--min-switch-bios", metavar="VERSION", help="lowest NVSwitch firmware to accept")
+    parser.add_argument("--require-revocation", action="store_true", help="refuse an unknown revocation status")
+    parser.add_argument("--require-fwid", action="store_true", help="refuse firmware that does not report its FWID")
+    parser.add_argument("--allow-no-rim", action="store_true", help="accept unmeasured devices; the verdict says so")
+    parser.add_argument(
+        "--allow-rim-hold", action="store_true", help="accept a RIM signer whose certificate is on hold"
+    )
+
+
 def _gpu_sessions(verbs: _Commands[argparse.ArgumentParser]) -> None:
     told = {
         "list": ("list the GPUs of this VM", "Say whether the GPUs are trusted, and why not. Not evidence."),
@@ -262,24 +296,9 @@ def _gpu(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--chain", type=Path, metavar="FILE", help="its five certificates (PEM, leaf first)")
     parser.add_argument("--evidence", help="NVIDIA's JSON list of devices, all of one machine", **files)  # type: ignore[arg-type]
     parser.add_argument("--nonce", metavar="HEX", help="the 32 bytes that you sent")
-    parser.add_argument("--gpus", type=int, metavar="COUNT", help="how many GPUs there must be")
     parser.add_argument("--arch", choices=_ARCHITECTURES, help="what every device must be")
     parser.add_argument("--at", metavar="RFC3339", help="judge at this time (default: now)")
-    parser.add_argument("--rim", help="NVIDIA's reference values: signed XML", **files)  # type: ignore[arg-type]
-    parser.add_argument("--crl", help="certificate revocation list (DER or PEM)", **files)  # type: ignore[arg-type]
-    parser.add_argument("--ocsp", help="OCSP response (DER)", **files)  # type: ignore[arg-type]
-    parser.add_argument("--max-age", type=int, metavar="DAYS", help="oldest acceptable CRL or OCSP response")
-    parser.add_argument("--device-root", type=Path, metavar="FILE", help="trust this root instead of NVIDIA's")
-    parser.add_argument("--rim-root", type=Path, metavar="FILE", help="the same for reference values")
-    parser.add_argument("--min-driver", metavar="VERSION", help="lowest driver to accept")
-    parser.add_argument("--min-vbios", metavar="VERSION", help="lowest GPU firmware to accept")
-    parser.add_argument("--min-switch-bios", metavar="VERSION", help="lowest NVSwitch firmware to accept")
-    parser.add_argument("--require-revocation", action="store_true", help="refuse an unknown revocation status")
-    parser.add_argument("--require-fwid", action="store_true", help="refuse firmware that does not report its FWID")
-    parser.add_argument("--allow-no-rim", action="store_true", help="accept unmeasured devices; the verdict says so")
-    parser.add_argument(
-        "--allow-rim-hold", action="store_true", help="accept a RIM signer whose certificate is on hold"
-    )
+    _gpu_demands(parser)
     form = parser.add_mutually_exclusive_group()
     _json(form)
     form.add_argument("--eat", action="store_true", help="print claims as in NVIDIA's tokens, unsigned")
@@ -303,9 +322,7 @@ def _platform(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--ak", type=Path, metavar="FILE", help="the platform AK in question, as for quote verify")
     parser.add_argument("--ak-certificate", type=Path, metavar="FILE", help="its certificate (PEM or DER)")
     parser.add_argument("--ca", help="CA certificates of Azure's vTPMs, the root among them", **files)  # type: ignore[arg-type]
-    parser.add_argument(
-        "--floor", action="append", default=[], metavar="NAME=NUMBER", help="lowest security version to accept"
-    )
+    _floor(parser)
     parser.add_argument("--at", metavar="RFC3339", help="judge certificates at this time (default: now)")
     _json(parser)
     parser.set_defaults(module="platform")

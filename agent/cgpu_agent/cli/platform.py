@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
 
 from cgpu_agent.cli import output
-from cgpu_agent.cli.inputs import parse_hex, parse_time, read_file
+from cgpu_agent.cli.floors import parse_floors
+from cgpu_agent.cli.inputs import parse_time, read_file
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.verifier.certificate import load_certificates
 from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.verifier.platform import PlatformEndorsement, endorse_platform
-from cgpu_agent.verifier.platformcase import PlatformEvidence, PlatformParty, SnpFloor, TdxFloor
+from cgpu_agent.verifier.platformcase import PlatformEvidence, PlatformParty
 
 _SMALL = 1 << 16
-_SNP_FLOORS = ("bootloader", "tee", "snp", "microcode", "fmc", "guest-svn")
-_FLOOR = re.compile(r"(?P<name>[a-z-]+)=(?P<value>[0-9A-Fa-f]{1,32})")
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.report is None and arguments.ak_certificate is None:
         raise Misuse("BAD_ARGUMENT", "give --report, or --ak-certificate where there is no hardware report")
-    snp_floor, tdx_floor = _floors(arguments.floor)
+    snp_floor, tdx_floor = parse_floors(arguments.floor)
     party = PlatformParty(at=parse_time(arguments.at), snp_floor=snp_floor, tdx_floor=tdx_floor)
     try:
         ak = None if arguments.ak is None else load_attestation_key(read_file(arguments.ak, _SMALL)).key
@@ -58,24 +56,6 @@ def _read(path: Path | None) -> bytes | None:
 
 def _certificates(paths: Sequence[Path]) -> list[x509.Certificate]:
     return [each for path in paths for each in load_certificates(read_file(path, _SMALL))]
-
-
-def _floors(texts: Sequence[str]) -> tuple[SnpFloor, TdxFloor]:
-    """``microcode=219``; ``tee-tcb-svn`` is hex, all else decimal."""
-    numbers: dict[str, int] = {}
-    tee_tcb_svn = None
-    for text in texts:
-        match = _FLOOR.fullmatch(text)
-        name, value = (match["name"], match["value"]) if match else ("", "")
-        if name == "tee-tcb-svn":
-            tee_tcb_svn = parse_hex(value, "--floor tee-tcb-svn")
-        elif name in (*_SNP_FLOORS, "qe-svn") and value.isdecimal():
-            numbers[name.replace("-", "_")] = int(value)
-        else:
-            names = ", ".join((*_SNP_FLOORS, "qe-svn", "tee-tcb-svn"))
-            raise Misuse("BAD_ARGUMENT", f"--floor needs NAME=NUMBER; the names are {names}")
-    qe_svn = numbers.pop("qe_svn", None)
-    return SnpFloor(**numbers), TdxFloor(tee_tcb_svn, qe_svn)
 
 
 def show(answer: PlatformEndorsement) -> None:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import argparse
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 
 from cgpu_agent.cli import appraise, output
+from cgpu_agent.cli.floors import parse_floors
 from cgpu_agent.cli.inputs import parse_hex, parse_time, read_file
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.verifier.certificate import load_trusted
 from cgpu_agent.verifier.coverage import Coverage
 from cgpu_agent.verifier.evidence import EvidenceResult, RelyingParty, verify_evidence
+from cgpu_agent.verifier.gpucapability import NOT_COVERED
+from cgpu_agent.verifier.gpufacts import gpu_claims
+from cgpu_agent.verifier.platformcase import PlatformParty
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.bundle import MAX_BUNDLE
+
+if TYPE_CHECKING:
+    from cgpu_agent.verifier.gpucase import DeviceResult, GpuParty
+
+_GPU_OPTIONS: Final = (
+    *("rim", "crl", "ocsp", "max_age", "device_root", "rim_root", "min_driver", "min_vbios", "min_switch_bios"),
+    *("require_revocation", "require_fwid", "allow_no_rim", "allow_rim_hold"),
+)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,10 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def party_of(arguments: argparse.Namespace) -> RelyingParty:
     """The relying party that a command line describes."""
+    at = parse_time(arguments.at)
+    snp_floor, tdx_floor = parse_floors(arguments.floor)
     return RelyingParty(
         audience=arguments.audience,
         nonce=parse_hex(arguments.nonce, "--nonce"),
-        at=parse_time(arguments.at),
+        at=at,
         roots=_certificates(arguments.ak_root),
         simulated_roots=_certificates(arguments.simulated_ak_root),
         intermediates=_certificates(arguments.ak_intermediate),
@@ -46,7 +62,20 @@ def party_of(arguments: argparse.Namespace) -> RelyingParty:
         register=arguments.register,
         user_data=None if arguments.user_data is None else parse_hex(arguments.user_data, "--user-data"),
         public_key=None if arguments.public_key is None else read_file(arguments.public_key, 8192),
+        platform_party=PlatformParty(at=at, snp_floor=snp_floor, tdx_floor=tdx_floor),
+        gpu_count=arguments.gpus,
+        gpu_party=_gpu_party(arguments, at),
     )
+
+
+def _gpu_party(arguments: argparse.Namespace, at: datetime) -> GpuParty | None:
+    """What is demanded of GPUs; ``None`` where no option speaks of it: then nothing for GPUs need be installed."""
+    options = [getattr(arguments, name) for name in _GPU_OPTIONS]
+    if not any(option is not None and option is not False and option != [] for option in options):
+        return None
+    from cgpu_agent.cli import gpudemands  # noqa: PLC0415
+
+    return gpudemands.party_of(arguments, at=at)
 
 
 def _certificates(paths: list[Path]) -> list[x509.Certificate]:
@@ -69,11 +98,13 @@ def to_json(result: EvidenceResult, coverage: Coverage | None = None) -> dict[st
         "steps": [step.to_json() for step in result.steps],
         "quote_steps": [step.to_json() for step in result.quote_steps],
         "endorsement": None if result.endorsement is None else result.endorsement.to_json(),
+        "hardware": None if result.hardware is None else result.hardware.to_json(),
         "pcrs": {
             str(index): {"status": found.status, "note": found.note, "value": (found.actual or b"").hex()}
             for index, found in sorted(result.registers.items())
         },
         "signed": {"secure_boot": None if result.secure_boot is None else result.secure_boot.state},
+        "gpus": _gpus_json(result),
         "simulated": result.simulated,
         "reported": None
         if statement is None or manifest is None
@@ -85,6 +116,7 @@ def to_json(result: EvidenceResult, coverage: Coverage | None = None) -> dict[st
             "missing": [{"part": part, "reason": reason} for part, reason in manifest.missing],
             "purpose": statement.purpose,
             "time": statement.time,
+            "gpus": None if manifest.gpus is None else manifest.gpus.to_json(),
         },
         "agent_log": [
             {"author": record.author, "content": strictjson.loads(record.content, "record", 4096)}
@@ -98,8 +130,17 @@ def not_proven(result: EvidenceResult, coverage: Coverage | None = None) -> list
     """What an accepted bundle does not show, in words. ``coverage`` is what measures the agent, where it is known."""
     if not result.accepted:
         return []
-    gaps = ["that this is a real TPM: a simulator's root vouches for it"] if result.simulated else []
+    gaps = []
+    if result.endorsement is not None and result.endorsement.simulated:
+        gaps.append("that this is a real TPM: a simulator's root vouches for it")
+    if result.simulated_gpus:
+        gaps.append("that these are real GPUs: a root other than NVIDIA's vouches for them")
+    hardware = () if result.hardware is None else result.hardware.warnings
+    gaps += [
+        f"hardware: {step.detail}" for step in hardware if step.slug not in ("NO_AK_CERTIFICATE", "NO_PCR_VALUES")
+    ]
     gaps += [step.detail for step in result.steps if step.outcome.value == "skip" and step.slug != "NOT_ASKED"]
+    gaps += _gpu_gaps(result)
     gaps += [
         f"PCR {index}: {found.note}"
         for index, found in sorted(result.registers.items())
@@ -115,6 +156,28 @@ def not_proven(result: EvidenceResult, coverage: Coverage | None = None) -> list
             f"{measured}"
         )
     return gaps
+
+
+def _gpu_line(device: DeviceResult) -> str:
+    claims = gpu_claims(device)
+    names = ("hwmodel", "device_id", "driver", "vbios")
+    return ", ".join(f"{name.replace('_', ' ')} {claims.get(name) or 'unknown'}" for name in names)
+
+
+def _gpus_json(result: EvidenceResult) -> dict[str, object] | None:
+    if result.gpus is None:
+        return None
+    from cgpu_agent.verifier.gpureport import set_json  # noqa: PLC0415
+
+    return set_json(result.gpus)
+
+
+def _gpu_gaps(result: EvidenceResult) -> list[str]:
+    if result.gpus is None:
+        return []
+    from cgpu_agent.verifier.gpureport import warnings  # noqa: PLC0415
+
+    return [*(f"GPUs: {step.detail}" for step in warnings(result.gpus)), *(text for _, text in NOT_COVERED)]
 
 
 def show(result: EvidenceResult, coverage: Coverage | None = None) -> None:
@@ -140,6 +203,8 @@ def show(result: EvidenceResult, coverage: Coverage | None = None) -> None:
         rows += [("caller", who), ("audience", result.statement.audience)]
     if result.endorsement is not None:
         rows.append(("AK", result.endorsement.detail))
+    if result.gpus is not None:
+        rows += [("GPU", _gpu_line(device)) for device in result.gpus.devices]
     if result.simulated:
         rows.append(("simulated", "true"))
     output.pairs(rows)

@@ -189,8 +189,8 @@ class _Bench:
         return decision.allowed or bool(decision.log_detail)
 
     def _decide(self, part: str) -> tuple[Status, Decision, str]:
-        if part == "gpus":
-            return "none", Decision(False, (), ""), f"{self.facts.gpus}: the evidence was asked of the boot alone"
+        if part == "gpus" and self.facts.gpus == "not-asked":
+            return "none", Decision(False, (), ""), "not-asked: the evidence was asked of the boot alone"
         affirm = self.ask("affirm", part, self.facts)
         if affirm.allowed:
             return "affirming", affirm, f"affirmed by {_named(affirm)}"

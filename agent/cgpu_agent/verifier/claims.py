@@ -15,6 +15,7 @@ from cgpu_agent.verifier.coverage import Coverage
 from cgpu_agent.verifier.endorsement import Endorsement
 from cgpu_agent.verifier.evidence import EvidenceResult
 from cgpu_agent.verifier.facts import Facts
+from cgpu_agent.verifier.gpufacts import gpu_claims
 from cgpu_agent.wire.bundle import Manifest, Statement
 
 
@@ -61,13 +62,15 @@ def claims_of(part: str, result: EvidenceResult, facts: Facts | None, coverage: 
 
 def _platform(case: _Case) -> Claims:
     endorsement = case.endorsement
-    path = endorsement.path
+    path, hardware = endorsement.path, case.result.hardware
     return Claims(
         {
             "ak_name": None if endorsement.ak_name is None else endorsement.ak_name.hex(),
             "ek_class": endorsement.ek_class,
             "endorsed_by": None if path is None else path.certificates[-1].subject,
             "endorsement": endorsement.kind,
+            "hardware": {} if hardware is None else hardware.facts.to_json(),
+            "platform_freshness": case.facts.platform_freshness,
             "instance": case.facts.instance,
             "reset_count": case.manifest.reset_count,
             "restart_count": case.manifest.restart_count,
@@ -130,9 +133,25 @@ def _workload(case: _Case) -> Claims:
     )
 
 
+def _gpus(case: _Case) -> Claims:
+    judged, inventory = case.result.gpus, case.manifest.gpus
+    if judged is None or inventory is None:
+        return Claims({}, {})
+    facts = case.facts
+    signed = {
+        "devices": [gpu_claims(each) for each in judged.devices],
+        "floor": facts.gpu_floor,
+        "measurements": facts.gpu_measurements,
+        "revocation": facts.gpu_revocation,
+        "simulated": facts.gpu_simulated,
+    }
+    return Claims(signed, inventory.to_json())
+
+
 _MAKERS: Final[Mapping[str, Callable[[_Case], Claims]]] = {
     "agent": _agent,
     "boot": _boot,
+    "gpus": _gpus,
     "platform": _platform,
     "workload": _workload,
 }

@@ -16,7 +16,17 @@ from cgpu_agent.verifier.chain import CertificatePath, verify_chain
 from cgpu_agent.verifier.ekclass import EkKind, ek_class_of
 from cgpu_agent.verifier.keys import AttestationKey, certificate_key, same_key
 
-EndorsementKind = Literal["ak-certificate", "tpm-vendor-ek", "operator-ek", "simulated-ek", "pinned", "none"]
+EndorsementKind = Literal[
+    "amd-sev-snp",
+    "intel-tdx",
+    "azure-trusted-launch",
+    "ak-certificate",
+    "tpm-vendor-ek",
+    "operator-ek",
+    "simulated-ek",
+    "pinned",
+    "none",
+]
 
 _ENROLLED: Final[dict[EkKind, EndorsementKind]] = {
     "vendor": "tpm-vendor-ek",
@@ -30,9 +40,10 @@ class Endorsement:
     """The answer.
 
     Attributes:
-        kind: ``ak-certificate`` (a trusted root leads to a certificate of this very key), ``tpm-vendor-ek``,
-            ``operator-ek`` or ``simulated-ek`` (likewise, but an enrolment CA signed, which saw the AK beside an EK
-            of that class and knows no more than the EK's certificate), ``pinned`` (the relying
+        kind: ``amd-sev-snp`` or ``intel-tdx`` (the processor, see ``hardware``), ``ak-certificate`` (a trusted root
+            leads to a certificate of this very key), ``azure-trusted-launch`` (the same below Azure's root),
+            ``tpm-vendor-ek``, ``operator-ek`` or ``simulated-ek`` (likewise, but an enrolment CA signed, which saw
+            the AK beside an EK of that class and knows no more than the EK's certificate), ``pinned`` (the relying
             party lists this AK's Name), or ``none``.
         reason: stable word for ``none`` (``unendorsed``), else empty.
         detail: one sentence, safe to show.

@@ -10,19 +10,23 @@ import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 
 from cgpu_agent.errors import HostileInput, Misuse
+from cgpu_agent.verifier import gpulane
 from cgpu_agent.verifier.endorsement import Endorsement, endorse
+from cgpu_agent.verifier.hardware import combine, judge_hardware
 from cgpu_agent.verifier.keys import AttestationKey, load_attestation_key, require_restricted
 from cgpu_agent.verifier.logs import RegisterStory, explain_registers
+from cgpu_agent.verifier.platform import PlatformEndorsement
+from cgpu_agent.verifier.platformcase import PlatformParty
 from cgpu_agent.verifier.quote import verify_quote
 from cgpu_agent.verifier.replay import PcrResult
 from cgpu_agent.verifier.secureboot import SecureBoot, secure_boot
 from cgpu_agent.verifier.signature import verify_signature
-from cgpu_agent.verifier.verdict import Check, Skip, Step, Steps
+from cgpu_agent.verifier.verdict import Check, Outcome, Skip, Step, Steps
 from cgpu_agent.wire import cel, eventlog, merkle, strictjson
 from cgpu_agent.wire.bundle import (
     Bundle,
@@ -36,6 +40,10 @@ from cgpu_agent.wire.bundle import (
     parse_statement,
 )
 from cgpu_agent.wire.tpm import Attest, Certified, parse_attest
+
+if TYPE_CHECKING:  # who judges no GPUs needs no packages for it
+    from cgpu_agent.verifier.gpucase import GpuParty
+    from cgpu_agent.verifier.gpuset import SetResult
 
 FIRMWARE_PCRS: Final = frozenset(range(10))
 """PCRs that a quote must cover for its boot log to mean something."""
@@ -65,6 +73,10 @@ class RelyingParty:
         register: the agent register of its VMs, 0-15. Its own choice and never the bundle's: whoever could choose
             the register would choose one in which no agent came before him.
         user_data, public_key: what the caller must have bound; ``None`` = not compared.
+        platform_party: what is demanded of the hardware below the vTPM, at this ``at``; ``None`` = as shipped.
+        gpu_count: how many GPUs there must be; ``None`` = not said, and evidence without any will do.
+        gpu_party: what is demanded of each, at this ``at`` and for the nonce of the evidence; ``None`` = all that
+            NVIDIA signs, reference values among it, of which there are none then.
     """
 
     audience: str
@@ -80,6 +92,9 @@ class RelyingParty:
     user_data: bytes | None = None
     public_key: bytes | None = None
     simulated_roots: Sequence[x509.Certificate] = ()
+    platform_party: PlatformParty | None = None
+    gpu_count: int | None = None
+    gpu_party: GpuParty | None = None
 
     def __post_init__(self) -> None:
         """Raises ``Misuse`` (``BAD_REGISTER``)."""
@@ -100,12 +115,14 @@ class Case:
     platform_ak: AttestationKey | None = None
     quote: Attest | None = None
     certify: Attest | None = None
+    hardware: PlatformEndorsement | None = None
     endorsement: Endorsement | None = None
     boot_log: eventlog.EventLog | None = None
     systemd: tuple[cel.SystemdRecord, ...] = ()
     records: tuple[cel.Record, ...] = ()
     registers: RegisterStory | None = None
     secure_boot: SecureBoot | None = None
+    gpus: SetResult | None = None
     quote_steps: tuple[Step, ...] = field(default=())
 
     @property
@@ -231,12 +248,32 @@ def _judge_same_boot(case: Case) -> str:
     return f"reset count {manifest.reset_count}, restart count {manifest.restart_count} in all three"
 
 
+def _judge_hardware(case: Case) -> str | Skip:
+    bundle, _, manifest = case.parts
+    party = case.party
+    if case.platform_ak is None:
+        raise HostileInput("INTERNAL", "a step ran before the platform AK was read")
+    found = judge_hardware(
+        bundle, manifest, party.platform_party, at=party.at, ak=case.platform_ak.key, pcrs=bundle.pcrs
+    )
+    if found is None:
+        return Skip("NO_HARDWARE_REPORT", "no hardware report: nothing here is out of the reach of the vTPM's host")
+    case.hardware = found
+    if found.endorsed_by != "none":
+        return f"{found.endorsed_by}: {found.trusted}; report of {found.platform_freshness}"
+    refusal = found.refusal
+    detail = found.reason if refusal is None else f"{refusal.id}: {refusal.detail}"
+    if party.allow_unendorsed:
+        return Skip("UNENDORSED", f"the hardware report endorses nothing, {detail}; allowed by the relying party")
+    raise HostileInput((refusal.slug if refusal else None) or "UNENDORSED", detail)
+
+
 def _judge_endorsement(case: Case) -> str | Skip:
     bundle, _, _ = case.parts
     party = case.party
     if case.platform_ak is None:
         raise HostileInput("INTERNAL", "a step ran before the platform AK was read")
-    case.endorsement = endorse(
+    endorsement = endorse(
         case.platform_ak,
         certificate=bundle.platform_ak_certificate,
         intermediates=party.intermediates,
@@ -245,6 +282,7 @@ def _judge_endorsement(case: Case) -> str | Skip:
         at=party.at,
         simulated_roots=party.simulated_roots,
     )
+    case.endorsement = combine(endorsement, case.hardware, party.roots, party.platform_party)
     if case.endorsement.kind != "none":
         return case.endorsement.detail
     if party.allow_unendorsed:
@@ -323,6 +361,24 @@ def _judge_secure_boot(case: Case) -> str | Skip:
     return f"Secure Boot {case.secure_boot.state}: {case.secure_boot.reason}"
 
 
+def _judge_lane(case: Case) -> str | Skip:
+    return gpulane.judge_lane(*case.parts, case.party.gpu_count)
+
+
+def _judge_inventory(case: Case) -> str | Skip:
+    bundle, _, manifest = case.parts
+    return gpulane.judge_inventory(bundle, manifest)
+
+
+def _judge_gpus(case: Case) -> str | Skip:
+    bundle, _, manifest = case.parts
+    party = case.party
+    case.gpus = gpulane.judge_devices(bundle, manifest, party.gpu_party, party.at, party.gpu_count)
+    if case.gpus is None:
+        return gpulane.NOT_ASKED
+    return "; ".join(step.detail for step in case.gpus.steps if step.outcome is Outcome.PASS)
+
+
 EVIDENCE_CHECKS: Final[Sequence[Check[Case]]] = (
     Check("bundle.format", "the file is one well-formed bundle", _judge_format),
     Check("statement.audience", "it was made for this relying party", _judge_audience),
@@ -335,6 +391,7 @@ EVIDENCE_CHECKS: Final[Sequence[Check[Case]]] = (
     Check("agent-ak.name", "the manifest names the key that signed it", _judge_agent_ak_name),
     Check("agent-ak.certify", "the platform AK certified the agent's AK", _judge_certify),
     Check("agent-ak.boot", "both were signed in one boot of the TPM", _judge_same_boot),
+    Check("platform.report", "the processor vouches for the platform AK, under known code", _judge_hardware),
     Check(
         "platform-ak.endorsement", "somebody the relying party trusts vouches for the platform AK", _judge_endorsement
     ),
@@ -344,6 +401,13 @@ EVIDENCE_CHECKS: Final[Sequence[Check[Case]]] = (
     Check("logs.agent", "the agent log explains the agent register", _judge_agent_log),
     Check("logs.agent-ak-first", "the agent's AK is the register's first record", _judge_first_record),
     Check("boot.secure-boot", "the firmware's Secure Boot state is known", _judge_secure_boot),
+    Check("gpus.lane", "it holds the GPUs exactly where they were asked for", _judge_lane),
+    Check(
+        "gpus.inventory",
+        "everybody saw the same GPUs, and their reports are those that the manifest signs",
+        _judge_inventory,
+    ),
+    Check("gpus.devices", "each GPU proves itself to this batch, and all of them together", _judge_gpus),
 )
 """The steps of ``verify_evidence``, in order."""
 
@@ -356,7 +420,9 @@ class EvidenceResult:
         accepted: no step refused.
         steps: every step, in order; ``quote_steps`` are those inside ``manifest.quote``.
         statement, manifest: what was signed; ``None`` when refused.
+        hardware: what the processor says of the platform AK; ``None`` when refused, and where no report came along.
         endorsement, registers, secure_boot, boot_log, records: what the steps found; ``None`` or empty when refused.
+        gpus: the devices; ``None`` when refused, and where the evidence was asked of the boot alone.
     """
 
     accepted: bool
@@ -369,6 +435,8 @@ class EvidenceResult:
     secure_boot: SecureBoot | None
     boot_log: eventlog.EventLog | None
     records: tuple[cel.Record, ...]
+    gpus: SetResult | None = None
+    hardware: PlatformEndorsement | None = None
 
     @property
     def refusal(self) -> Step | None:
@@ -377,8 +445,14 @@ class EvidenceResult:
 
     @property
     def simulated(self) -> bool:
-        """Whether a simulator's root vouches for the platform AK: its owner may have made up what it says."""
-        return self.endorsement is not None and self.endorsement.simulated
+        """Whether a simulator's root vouches for platform AK or GPUs: its owner may have made up what they say."""
+        return self.simulated_gpus or (self.endorsement is not None and self.endorsement.simulated)
+
+    @property
+    def simulated_gpus(self) -> bool:
+        """The same of the GPUs alone."""
+        facts = [] if self.gpus is None else [device.facts for device in self.gpus.devices]
+        return any(each is None or each.simulated for each in facts)
 
 
 def verify_evidence(data: bytes, party: RelyingParty) -> EvidenceResult:
@@ -404,4 +478,6 @@ def verify_evidence(data: bytes, party: RelyingParty) -> EvidenceResult:
         secure_boot=case.secure_boot,
         boot_log=case.boot_log,
         records=case.records,
+        gpus=case.gpus,
+        hardware=case.hardware,
     )

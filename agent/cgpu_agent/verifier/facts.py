@@ -10,20 +10,25 @@ from cgpu_agent.cedar.engine import Entity
 from cgpu_agent.errors import Misuse
 from cgpu_agent.verifier.coverage import CoverageKind
 from cgpu_agent.verifier.evidence import EvidenceResult
+from cgpu_agent.verifier.gpufacts import GpuFacts, gather_gpus
+from cgpu_agent.verifier.platform import PlatformEndorsement
 from cgpu_agent.verifier.reference import Reference, is_instance
 from cgpu_agent.wire.eventlog import EventLog
 
 _BANK: Final = "sha256"
+_HARDWARE: Final = frozenset({"amd-sev-snp", "intel-tdx"})
 _SECURE_BOOT_PCR: Final = 7
 _DEBUG_MODE: Final = hashlib.sha256(b"UEFI Debug Mode").digest()
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts(GpuFacts):
     """The claims of ``CGpu::Claims`` in ``cedar/appraisal.cedarschema``, which says what each value means."""
 
     endorsement: str
     simulated: bool
+    platform_freshness: Literal["this-batch", "boot", "none"]
+    platform_floor: Literal["kept", "none-configured"]
     instance: Literal["pinned", "any"]
     boot_log: Literal["explained", "none"]
     secure_boot: str
@@ -36,12 +41,6 @@ class Facts:
     purpose: str
     audience: str
     key: Literal["none", "claimed"]
-    floors: Literal["none-configured"] = "none-configured"
-    gpus: Literal["not-asked"] = "not-asked"
-
-    def context(self) -> dict[str, Any]:
-        """As Cedar gets it."""
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 def gather(
@@ -61,10 +60,14 @@ def gather(
     statement, endorsement = result.statement, result.endorsement
     if not result.accepted or statement is None or endorsement is None:
         raise Misuse("NOT_ACCEPTED", "the evidence was refused: it shows nothing")
+    hardware = result.hardware if endorsement.kind in _HARDWARE else None
     listed = reference is not None and reference.instances is not None and is_instance(result, reference.instances)
     facts = Facts(
+        **gather_gpus(result).context(),
         endorsement=endorsement.kind,
         simulated=endorsement.simulated,
+        platform_freshness="none" if hardware is None else hardware.platform_freshness,
+        platform_floor="kept" if _keeps_floor(hardware) else "none-configured",
         instance="pinned" if endorsement.pinned or listed else "any",
         boot_log="none" if result.boot_log is None else "explained",
         secure_boot="unknown" if result.secure_boot is None else result.secure_boot.state,
@@ -79,6 +82,10 @@ def gather(
         key="none" if statement.public_key is None else "claimed",
     )
     return facts, _workload(result)
+
+
+def _keeps_floor(hardware: PlatformEndorsement | None) -> bool:
+    return hardware is not None and (hardware.passed("snp.floor") or hardware.passed("tdx.floor"))
 
 
 def _debug(log: EventLog | None) -> Literal["on", "off", "unknown"]:

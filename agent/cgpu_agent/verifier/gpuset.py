@@ -15,9 +15,9 @@ from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.gpu import verify_device
 from cgpu_agent.verifier.gpucase import DeviceEvidence, DeviceFacts, DeviceResult, GpuParty, Result
 from cgpu_agent.verifier.verdict import Check, Skip, Step, Steps
+from cgpu_agent.wire.gpuinventory import MAX_DEVICES
 from cgpu_agent.wire.nvidia import NO_PDI, GpuFields, SwitchFields
 
-MAX_DEVICES: Final = 64
 _PPCIE_GPUS: Final = 8
 _PPCIE_SWITCHES: Final = 4
 

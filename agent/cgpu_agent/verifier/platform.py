@@ -42,12 +42,13 @@ from cgpu_agent.wire.tpm import extend
 EndorsedBy = Literal["amd-sev-snp", "intel-tdx", "azure-trusted-launch", "none"]
 Freshness = Literal["this-batch", "boot"]
 
-_TRUSTED: Final[Mapping[EndorsedBy, str]] = {
+TRUSTED: Final[Mapping[EndorsedBy, str]] = {
     "amd-sev-snp": "AMD and the pinned paravisor are trusted, the cloud operator's host is not",
     "intel-tdx": "Intel and the pinned paravisor are trusted, the cloud operator's host is not",
     "azure-trusted-launch": "cloud operator trusted: its host emulates the vTPM, and can make it say anything",
     "none": "nobody vouches for this vTPM",
 }
+"""Who must be honest, in words."""
 _BATCH: Final = b"cgpu/platform/1"
 _CONFIDENTIAL_VM: Final = ".ConfidentialVM.Azure.windows.net"
 
@@ -296,7 +297,7 @@ def _answer(case: PlatformCase, steps: Steps, tee: Tee, endorsed_by: EndorsedBy)
     return PlatformEndorsement(
         endorsed_by=endorsed_by,
         reason="" if endorsed_by != "none" else _reason(steps),
-        trusted=_TRUSTED[endorsed_by],
+        trusted=TRUSTED[endorsed_by],
         tee=tee,
         platform_freshness="this-batch" if case.fresh else "boot",
         steps=steps.all,

@@ -22,6 +22,7 @@ class _Improvement:
 
 _IMPROVEMENTS: Final = (
     _Improvement("an AK certificate below a root you trust (--ak-root)", {"endorsement": "ak-certificate"}),
+    _Improvement("lowest versions for the processor's firmware (--floor)", {"platform_floor": "kept"}),
     _Improvement("a TPM that is not a simulator's", {"simulated": False}),
     _Improvement('the VM named by you (--ak-name, or "instances" in the reference)', {"instance": "pinned"}),
     _Improvement("a firmware log", {"boot_log": "explained"}),
@@ -33,6 +34,13 @@ _IMPROVEMENTS: Final = (
         "a reference that pins the kernel command line and whatever else it can",
         {"reference_pins": ("agent-build", "command-line", "instance", "secure-boot-authorities")},
     ),
+    _Improvement("GPUs that NVIDIA vouches for", {"gpu_simulated": False}),
+    _Improvement("NVIDIA's reference values for the GPUs (--rim, --collateral)", {"gpu_measurements": "match"}),
+    _Improvement("fresh CRLs or OCSP responses for the GPUs (--crl, --ocsp)", {"gpu_revocation": "checked"}),
+    _Improvement("lowest versions for the GPUs (--min-driver, --min-vbios)", {"gpu_floor": "kept"}),
+    _Improvement("confidential-computing mode on, on every GPU", {"gpu_cc": "on", "gpu_production": "yes"}),
+    _Improvement("developer tools off, on every GPU", {"gpu_dev_tools": "off"}),
+    _Improvement("GPUs that the agent itself trusts and holds ready", {"gpu_ready": True}),
     _Improvement(
         "a root file system with dm-verity, demanded by the command line", {"agent_coverage": "verity-root"}
     ),

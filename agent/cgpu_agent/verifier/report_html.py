@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Final
 
@@ -43,6 +43,22 @@ _PCR_STATUS: Final = {
     "mismatch": "contraindicated",
     "uncompared": "contraindicated",
 }
+_GPU_PROVED: Final = (
+    ("hwmodel", "Chip"),
+    ("device_id", "Device"),
+    ("driver", "Driver"),
+    ("vbios", "Firmware"),
+    ("fwid_matched", "Certificate is for this firmware"),
+)
+_GPU_REPORTED: Final = (
+    ("bdf", "PCI address"),
+    ("uuid", "Name"),
+    ("cc", "CC mode"),
+    ("cc_environment", "Environment"),
+    ("dev_tools", "Developer tools"),
+    ("multi_gpu", "Multi-GPU mode"),
+    ("trusted", "Trusted by the agent"),
+)
 _MAX_STATEMENTS: Final = 100
 
 
@@ -202,12 +218,27 @@ def _pcrs(appraisal: Appraisal) -> Markup:
 
 
 def _gpus(appraisal: Appraisal) -> Markup:
-    part = next(each for each in appraisal.parts if each.part == "gpus")
     claims = claims_of("gpus", appraisal.result, appraisal.facts, appraisal.coverage)
-    said = [tag("p", "None asked: this evidence is of the boot alone, and says nothing of any GPU.")]
-    if claims.signed or part.status != "none":
-        said = [tag("p", part.reason)]
-    return _section("GPUs", *said)
+    if not claims.signed:
+        return _section("GPUs", tag("p", "This evidence says nothing of any GPU."))
+    return _section(
+        "GPUs",
+        tag("p", "Proved by each device's certificates and signature:", class_="quiet"),
+        _columns(_GPU_PROVED, claims.signed["devices"]),
+        tag("p", "Said by the driver and handed on by the agent; no signature covers it:", class_="quiet"),
+        _columns(_GPU_REPORTED, claims.reported["devices"]),
+    )
+
+
+def _columns(columns: Sequence[tuple[str, str]], records: Iterable[Mapping[str, object]]) -> Markup:
+    rows = [tag("tr", *(tag("td", _word(record.get(name))) for name, _ in columns)) for record in records]
+    return _grid(_row("th", *(title for _, title in columns)), rows)
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return _or_dash(value)
 
 
 def _not_proven(appraisal: Appraisal, gaps: Sequence[str]) -> Markup:

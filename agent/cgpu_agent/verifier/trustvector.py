@@ -33,6 +33,7 @@ _APPROVED_BOOT: Final = 3
 _UNRECOGNISED_EXECUTABLES: Final = 33
 _APPROVED_FILES: Final = 2
 _VALIDATION_FAILED: Final = 99
+_GENUINE: Final = frozenset({"amd-sev-snp", "intel-tdx", "azure-trusted-launch", "ak-certificate", "tpm-vendor-ek"})
 _BOOT_PCRS: Final = frozenset({0, 4, 7})
 
 
@@ -45,7 +46,7 @@ def vector(part: str, facts: Facts | None) -> Mapping[str, int]:
     """
     if facts is None:
         return dict.fromkeys(CLAIMS, _VALIDATION_FAILED)
-    makers = {"platform": _platform}
+    makers = {"gpus": _gpus, "platform": _platform}
     if not facts.simulated:  # what a simulator's owner made up says nothing of a boot, nor of files
         makers |= {"agent": _agent, "boot": _boot}
     asserted = makers[part](facts) if part in makers else {}
@@ -56,7 +57,7 @@ def _platform(facts: Facts) -> dict[str, int]:
     hardware = _UNRECOGNISED_HARDWARE
     if facts.simulated:
         hardware = _CONTRAINDICATED_HARDWARE
-    elif facts.endorsement in ("ak-certificate", "tpm-vendor-ek"):
+    elif facts.endorsement in _GENUINE:
         hardware = _GENUINE_HARDWARE
     elif facts.endorsement in ("pinned", "operator-ek"):
         hardware = 0
@@ -71,6 +72,18 @@ def _boot(facts: Facts) -> dict[str, int]:
     elif facts.secure_boot == "enabled" and expected:
         configuration = _APPROVED_CONFIGURATION
     return {"configuration": configuration, "executables": _APPROVED_BOOT if expected else _UNRECOGNISED_EXECUTABLES}
+
+
+def _gpus(facts: Facts) -> dict[str, int]:
+    if facts.gpus != "verified":
+        return {}
+    if facts.gpu_simulated:
+        return {"hardware": _CONTRAINDICATED_HARDWARE}
+    expected = facts.gpu_measurements == "match"
+    return {
+        "hardware": _GENUINE_HARDWARE,
+        "executables": _APPROVED_BOOT if expected else _UNRECOGNISED_EXECUTABLES,
+    }
 
 
 def _agent(facts: Facts) -> dict[str, int]:

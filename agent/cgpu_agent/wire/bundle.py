@@ -14,11 +14,19 @@ from typing import Any, Final
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.audit import AuditHead
+from cgpu_agent.wire.gpuinventory import (
+    MAX_DEVICES,
+    GpuInventory,
+    GpuWords,
+    parse_inventory,
+    parse_words,
+)
 from cgpu_agent.wire.merkle import MAX_LEAVES
+from cgpu_agent.wire.platformwords import PlatformWords, parse_platform
 from cgpu_agent.wire.strictjson import Fields, b64
 
-FORMAT: Final = "cgpu-evidence/0"
-VERSION: Final = 0
+FORMAT: Final = "cgpu-evidence/1"
+VERSION: Final = 1
 
 MAX_BUNDLE = 16 << 20
 MAX_STATEMENT = 16384
@@ -32,7 +40,7 @@ MAX_PUBLIC_KEY = 2048
 MAX_AUDIENCE = 255
 
 PURPOSES: Final = frozenset({"evidence"})
-LANES: Final = frozenset({"boot"})
+LANES: Final = frozenset({"boot", "gpus"})
 
 _MANIFEST_PREFIX: Final = b"\xc6\x01"
 _QUOTE_PREFIX: Final = b"\xc6\x02"
@@ -80,7 +88,7 @@ class Statement:
         nonce: the relying party's challenge, 8-64 bytes.
         user_data: up to 64 bytes of the caller's, or ``None``.
         public_key: DER SubjectPublicKeyInfo that the caller claims, or ``None``. Possession is not proven.
-        lane: what was asked to be collected; ``boot``.
+        lane: what was asked to be collected: ``boot``, or ``gpus``: the GPUs too.
         caller: the caller's claims, see ``domain.caller.Caller.claims``.
         salt: 16 random bytes, so that a neighbour's leaf hash confirms no guess.
         boot_id: the kernel's random boot id.
@@ -202,6 +210,8 @@ class Manifest:
         agent_log: digest of the agent log.
         missing: (part, reason) pairs: what a reader would expect and does not get, and why.
         audit: the audit log's heads, or ``None`` where none is kept.
+        gpus: the GPUs, or ``None`` where the batch did not ask for them.
+        platform: ``PlatformWords.digest`` of the hardware report, or ``None`` where this machine has none.
     """
 
     root: bytes
@@ -216,6 +226,8 @@ class Manifest:
     agent_log: LogDigest
     missing: tuple[tuple[str, str], ...]
     audit: AuditAnchor | None = None
+    gpus: GpuInventory | None = None
+    platform: bytes | None = None
 
     def encode(self) -> bytes:
         def log(digest: LogDigest | None) -> dict[str, Any] | None:
@@ -231,8 +243,10 @@ class Manifest:
                 "audit": None
                 if self.audit is None
                 else {"head": head(self.audit.head), "quoted": head(self.audit.quoted)},
+                "gpus": None if self.gpus is None else self.gpus.to_json(),
                 "logs": {"agent": log(self.agent_log), "boot": log(self.boot_log), "systemd": log(self.systemd_log)},
                 "missing": [{"part": part, "reason": reason} for part, reason in self.missing],
+                "platform": None if self.platform is None else self.platform.hex(),
                 "register": self.register,
                 "reset_count": self.reset_count,
                 "restart_count": self.restart_count,
@@ -291,6 +305,8 @@ def parse_manifest(data: bytes) -> Manifest:
         agent_log=_log_digest(logs, "agent"),
         missing=tuple(missing),
         audit=None if fields.absent("audit") else _audit(fields.fields("audit")),
+        gpus=None if fields.absent("gpus") else parse_inventory(fields.fields("gpus")),
+        platform=None if fields.absent("platform") else fields.hex("platform", 32, 32),
     )
     logs.end()
     fields.end()
@@ -318,6 +334,8 @@ class Bundle:
         ek_certificates: DER, informative.
         pcrs: values of the quoted PCRs.
         boot_log, systemd_log, agent_log: the logs whose digests the manifest holds.
+        gpus: the devices' own words, in the order of the manifest's records; ``None`` where it has none.
+        platform: the hardware report below the vTPM, or ``None``.
     """
 
     statement: bytes
@@ -334,6 +352,8 @@ class Bundle:
     boot_log: bytes | None
     systemd_log: bytes | None
     agent_log: bytes
+    gpus: tuple[GpuWords, ...] | None = None
+    platform: PlatformWords | None = None
 
     def encode(self) -> bytes:
         def signed(pair: SignedAttest) -> dict[str, str]:
@@ -347,6 +367,7 @@ class Bundle:
                 "agent_ak": {"certify": signed(self.agent_ak_certify), "public": b64(self.agent_ak)},
                 "ek_certificates": [b64(der) for der in self.ek_certificates],
                 "format": FORMAT,
+                "gpus": None if self.gpus is None else [words.to_json() for words in self.gpus],
                 "inclusion_path": [node.hex() for node in self.inclusion_path],
                 "leaf_index": self.leaf_index,
                 "logs": {
@@ -356,6 +377,7 @@ class Bundle:
                 },
                 "manifest": b64(self.manifest),
                 "pcrs": {str(index): value.hex() for index, value in sorted(self.pcrs.items())},
+                "platform": None if self.platform is None else self.platform.to_json(),
                 "platform_ak": {
                     "certificate": optional(self.platform_ak_certificate),
                     "public": b64(self.platform_ak),
@@ -441,6 +463,10 @@ def parse_bundle(data: bytes) -> Bundle:
         boot_log=None if logs.absent("boot") else logs.base64("boot", MAX_BOOT_LOG),
         systemd_log=None if logs.absent("systemd") else logs.base64("systemd", MAX_LOG),
         agent_log=logs.base64("agent", MAX_LOG),
+        gpus=None
+        if fields.absent("gpus")
+        else tuple(parse_words(Fields(item, "bundle.gpus")) for item in fields.items("gpus", MAX_DEVICES)),
+        platform=None if fields.absent("platform") else parse_platform(fields.fields("platform")),
     )
     for part in (agent_ak, platform_ak, logs, fields):
         part.end()

@@ -119,7 +119,7 @@ def test_shows_the_verdict_the_boot_the_registers_and_every_step() -> None:
     assert "Accepted, with warnings" in shown.text
     for heading in ("Who asked", "What booted", "Who vouches for what", "What was not proven", "Every step", "GPUs"):
         assert heading in shown.text
-    assert "None asked" in shown.text
+    assert "This evidence says nothing of any GPU" in shown.text
     assert "model.service" in shown.text
     assert all(step.id in shown.text and step.title in shown.text for step in result.steps)
     assert all((found.actual or b"").hex() in shown.text for found in result.registers.values())

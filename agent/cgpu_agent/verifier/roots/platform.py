@@ -111,6 +111,11 @@ class PlatformPins:
     td_paravisors: Mapping[bytes, frozenset[bytes]]
     td_modules: Mapping[bytes, str]
 
+    @property
+    def processor_roots(self) -> frozenset[bytes]:
+        """Digests of the root keys of all makers of processors."""
+        return frozenset(self.amd_roots) | self.intel_roots
+
 
 SHIPPED: Final = PlatformPins(
     amd_roots=AMD_ROOTS,
