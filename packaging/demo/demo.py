@@ -35,7 +35,11 @@ from cgpu_agent.errors import AgentError
 from cgpu_agent.verifier.appraisal import appraise
 from cgpu_agent.verifier.boot import boot_story
 from cgpu_agent.verifier.certificate import load_certificates
+from cgpu_agent.verifier.collateral import Collateral
 from cgpu_agent.verifier.evidence import EvidenceResult, RelyingParty, verify_evidence
+from cgpu_agent.verifier.gpucase import GpuParty
+from cgpu_agent.verifier.gpuchain import PinnedRoots
+from cgpu_agent.verifier.gpufacts import gpu_claims
 from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.wire import eventlog
 
@@ -159,18 +163,28 @@ def start_daemon(state: Path) -> str:
 
 
 def be_a_workload(state: Path) -> tuple[bytes, bytes, float]:
-    """Three lines of SDK: evidence for a relying party's nonce."""
+    """Three lines of SDK: evidence of boot and GPUs for a relying party's nonce."""
     nonce = secrets.token_bytes(32)
     begun = time.perf_counter()
     with Agent(str(state / "agent.sock")) as agent:
-        bundle = agent.get_evidence(nonce, audience=AUDIENCE)
+        bundle = agent.get_evidence(nonce, audience=AUDIENCE, gpus=True)
     return nonce, bundle, time.perf_counter() - begun
 
 
 def be_the_relying_party(state: Path, nonce: bytes, bundle: bytes) -> EvidenceResult:
-    """Judge the bundle with nothing but the bundle, the nonce and the root of what is known to be a simulator."""
+    """Judge the bundle with nothing but the bundle, the nonce, and what the simulators' makers publish."""
+    now, made = datetime.now(timezone.utc), state / "gpu"
+    gpus = GpuParty(
+        now,
+        device_roots=PinnedRoots.of(load_certificates((made / "device-root.pem").read_bytes())),
+        rim_roots=PinnedRoots.of(load_certificates((made / "rim-root.pem").read_bytes())),
+        collateral=Collateral.load(
+            rims=[path.read_bytes() for path in sorted(made.glob("*.swidtag"))],
+            crls=[path.read_bytes() for path in sorted(made.glob("*.crl"))],
+        ),
+    )
     roots = load_certificates((state / "ak-root.pem").read_bytes())
-    party = RelyingParty(audience=AUDIENCE, nonce=nonce, at=datetime.now(timezone.utc), simulated_roots=roots)
+    party = RelyingParty(AUDIENCE, nonce, now, simulated_roots=roots, gpu_count=1, gpu_party=gpus)
     return verify_evidence(bundle, party)
 
 
@@ -199,6 +213,9 @@ def account(result: EvidenceResult) -> None:
     )
     if result.endorsement is not None:
         print(f"  AK             {result.endorsement.detail}")
+    for device in () if result.gpus is None else result.gpus.devices:
+        claims = gpu_claims(device)
+        print(f"  GPU            {claims['hwmodel']}, driver {claims['driver']}, firmware as its maker published it")
     print(
         f"  who asked      uid {caller['uid']}, pid {caller['pid']}, says the kernel ({caller['identity_strength']})"
     )
@@ -256,11 +273,14 @@ def start() -> None:
     account(result)
     print("\nTry it yourself")
     sockets = f"CGPU_AGENT_SOCKET={state}/agent.sock CGPU_AGENT_ADMIN_SOCKET={state}/admin.sock"
-    print(f"  export {sockets} PATH=$PWD/.venv/bin:$PATH")
+    print(f"  export {sockets} GPU={state}/gpu PATH=$PWD/.venv/bin:$PATH")
     print("  cgpuctl status; cgpuctl boot show; cgpuctl gpu list; cgpuctl doctor")
     print("  cgpuctl evidence get -o bundle.json --nonce 00112233445566778899aabbccddeeff")
     print("  cgpuctl verify bundle.json --nonce 00112233445566778899aabbccddeeff --explain --html verdict.html \\")
     print(f"    --simulated-ak-root {state}/ak-root.pem")
+    print('  # With the GPUs: "evidence get --gpus", and "verify" with')
+    print("  #   --gpus 1 --device-root $GPU/device-root.pem --rim-root $GPU/rim-root.pem \\")
+    print("  #   --rim $GPU/driver.swidtag --rim $GPU/vbios.swidtag")
     print("  make demo-stop   # leaves nothing behind")
 
 

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ from cgpu_agent.errors import Denied, Exhausted, Misuse, Unavailable
 from cgpu_agent.verifier.gpu import verify_device
 from cgpu_agent.verifier.gpucase import DeviceEvidence
 from cgpu_agent.wire import cel
+from fixtures.ctl import PASS, REFUSED, Ctl
 from fixtures.daemon import PATIENCE, Daemon, booted_daemon
 from fixtures.machine import AUDIENCE, judge
 from fixtures.policies import permit
@@ -113,6 +115,31 @@ def test_gpus_become_ready_are_measured_and_are_shown(site: Daemon, gpus: GpuPro
         assert any("GPUs" in line and "ready" in line for line in site.journal)
     assert site.stop() == 0
     assert ready(gpus) is False
+
+
+def test_evidence_with_gpus_is_judged_offline(
+    site: Daemon, gpus: GpuProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an operator and a relying party do it, with cgpuctl alone."""
+    ctl = Ctl(tmp_path, capsys)
+    site.start()
+    with site.client() as agent:
+        until(agent, READY)
+    bundle, nonce, export = str(tmp_path / "bundle.json"), secrets.token_hex(32), gpus.socket.parent / "export"
+    get = ctl("evidence", "get", "--gpus", "--nonce", nonce, "-o", bundle, "--socket", str(site.socket))
+    assert (get.code, get.err) == (PASS, "")
+    roots = ("--device-root", str(export / "device-root.pem"), "--rim-root", str(export / "rim-root.pem"))
+    rims = [word for path in sorted(export.glob("*.swidtag")) for word in ("--rim", str(path))]
+    verify = ("verify", bundle, "--nonce", nonce, "--allow-unendorsed", "--json", "--gpus", "2", *roots)
+    found = ctl(*verify, *rims)
+    assert found.code == PASS, found.out
+    assert found.json["gpus"]["result"] == "pass"
+    assert found.json["simulated"] is True
+    assert [gpu["trusted"] for gpu in found.json["reported"]["gpus"]["devices"]] == [True, True]
+    assert found.json["appraisal"]["parts"]["gpus"]["status"] == "contraindicated"
+    unmeasured = ctl(*verify)
+    assert (unmeasured.code, unmeasured.json["reason"]["slug"]) == (REFUSED, "NO_RIM")
+    assert site.stop() == 0
 
 
 def test_a_gpu_that_turns_bad_is_closed_and_everybody_is_told(site: Daemon, gpus: GpuProcess) -> None:

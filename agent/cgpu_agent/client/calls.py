@@ -90,10 +90,12 @@ class Call(Generic[R]):
     convert: Callable[[Any], R]
 
 
-def get_evidence(nonce: bytes, audience: str, user_data: bytes | None, public_key: bytes | None) -> Call[bytes]:
+def get_evidence(
+    nonce: bytes, audience: str, user_data: bytes | None, public_key: bytes | None, *, gpus: bool = False
+) -> Call[bytes]:
     if user_data is not None and public_key is not None:
         raise Misuse("BAD_BINDING", "bind user_data or public_key, not both")
-    request = evidence_pb2.GetEvidenceRequest(nonce=nonce, audience=audience)
+    request = evidence_pb2.GetEvidenceRequest(nonce=nonce, audience=audience, gpus=gpus)
     if user_data is not None:
         request.user_data = user_data
     if public_key is not None:

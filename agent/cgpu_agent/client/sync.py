@@ -56,7 +56,13 @@ class Agent:
         return call.convert(answer)
 
     def get_evidence(
-        self, nonce: bytes, audience: str, *, user_data: bytes | None = None, public_key: bytes | None = None
+        self,
+        nonce: bytes,
+        audience: str,
+        *,
+        user_data: bytes | None = None,
+        public_key: bytes | None = None,
+        gpus: bool = False,
     ) -> bytes:
         """A bundle to send to a relying party.
 
@@ -65,8 +71,9 @@ class Agent:
             audience: the relying party's name, as it will check it.
             user_data: up to 64 bytes to bind; or
             public_key: your public key (DER SubjectPublicKeyInfo) to bind.
+            gpus: the GPUs too, not the boot alone.
         """
-        return self._run(calls.get_evidence(nonce, audience, user_data, public_key))
+        return self._run(calls.get_evidence(nonce, audience, user_data, public_key, gpus=gpus))
 
     def get_identity(self) -> calls.Identity:
         """The VM's TPM keys and certificates."""

@@ -174,6 +174,7 @@ class Core:
                 agent=agent,
                 pcrs=settings.evidence_pcrs,
                 audit=self.audit,
+                gpus=self.gpus,
             )
             self._boot = boot
             self.certify(self._certificate)

@@ -1,16 +1,21 @@
-"""Evidence by group commit: callers that arrive while a quote is being made share the next one."""
+"""Evidence by group commit: callers that arrive while a quote is being made share the next one.
+
+There are two lanes, with GPUs and without, so that boot evidence never waits for a GPU.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cgpu_agent.backends.base import Clock, TpmCommands
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.boot import AGENT, BootQuote, MeasuredBoot, consistent_quote
 from cgpu_agent.domain.caller import Caller
+from cgpu_agent.domain.gpucollect import GpuCollection
+from cgpu_agent.domain.gpus import NO_GPUS, GpuSessions
 from cgpu_agent.domain.turns import RoundRobin
 from cgpu_agent.errors import AgentError, Misuse, Unavailable
 from cgpu_agent.wire.bundle import (
@@ -29,6 +34,7 @@ from cgpu_agent.wire.bundle import (
     check_audience,
     manifest_extra_data,
 )
+from cgpu_agent.wire.gpunonce import gpu_batch_nonce
 from cgpu_agent.wire.merkle import Tree
 from cgpu_agent.wire.tpm import PcrSelection
 
@@ -45,6 +51,8 @@ class Request:
     audience: str
     user_data: bytes | None = None
     public_key: bytes | None = None
+    gpus: bool = False
+    """The GPUs too."""
 
     def check(self) -> None:
         """Raises ``Misuse``: ``BAD_NONCE``, ``BAD_AUDIENCE``, ``BAD_BINDING``."""
@@ -67,6 +75,24 @@ class _Collected:
     boot_log: bytes | None
     systemd_log: bytes | None
     agent_log: bytes
+    gpus: GpuCollection | None
+
+
+class _Lane:
+    """Those who wait for the next batch, and the task that makes batches while somebody waits."""
+
+    def __init__(self) -> None:
+        self.waiting: RoundRobin[_Waiting] = RoundRobin()
+        self.runner: asyncio.Task[None] | None = None
+
+    def next_batch(self) -> list[_Waiting]:
+        """At most ``MAX_BATCH`` of those who wait, uid by uid in turn."""
+        batch: list[_Waiting] = []
+        while self.waiting and len(batch) < MAX_BATCH:
+            entry = self.waiting.pop()
+            if not entry[1].done():  # a caller that left costs nothing
+                batch.append(entry)
+        return batch
 
 
 class Evidence:
@@ -79,6 +105,7 @@ class Evidence:
         agent: digests of the agent's build, config and policy, and its version (``Manifest.agent``).
         pcrs: PCRs of the evidence quote; must hold the agent register.
         audit: the audit log whose head every manifest holds.
+        gpus: the GPUs; ``None`` where nothing looks at GPUs.
     """
 
     def __init__(
@@ -90,6 +117,7 @@ class Evidence:
         agent: Mapping[str, str],
         pcrs: tuple[int, ...],
         audit: AuditLog | None = None,
+        gpus: GpuSessions | None = None,
     ) -> None:
         if boot.log.register not in pcrs:
             raise ValueError("the evidence quote must cover the agent register")
@@ -99,24 +127,27 @@ class Evidence:
         self.agent = dict(agent)
         self.audit = audit
         self._selection = PcrSelection.of("sha256", pcrs)
-        self._waiting: RoundRobin[_Waiting] = RoundRobin()
-        self._runner: asyncio.Task[None] | None = None
+        self._gpus = gpus
+        self._boot_lane, self._gpu_lane = _Lane(), _Lane()
 
     async def get(self, caller: Caller, request: Request) -> bytes:
         """A bundle for this caller.
 
         Raises:
             Misuse: see ``Request.check``.
+            Unavailable: ``NO_GPUS``.
             Unavailable, DeviceFault: the batch failed; the next one starts clean.
         """
         request.check()
+        if request.gpus and self._gpus is None:
+            raise Unavailable(NO_GPUS.slug, NO_GPUS.message)
         statement = Statement(
             purpose="evidence",
             audience=request.audience,
             nonce=request.nonce,
             user_data=request.user_data,
             public_key=request.public_key,
-            lane="boot",
+            lane="gpus" if request.gpus else "boot",
             caller=caller.claims(),
             salt=os.urandom(16),
             boot_id=self._boot_id,
@@ -125,17 +156,19 @@ class Evidence:
         if len(statement) > MAX_STATEMENT:
             raise Unavailable("STATEMENT_TOO_LARGE", "the caller's identity does not fit into a statement")
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._waiting.push(caller.uid, (statement, answer))
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.create_task(self._run())
+        lane = self._gpu_lane if request.gpus else self._boot_lane
+        lane.waiting.push(caller.uid, (statement, answer))
+        if lane.runner is None or lane.runner.done():
+            lane.runner = asyncio.create_task(self._run(lane))
         return await answer
 
-    async def _run(self) -> None:
+    async def _run(self, lane: _Lane) -> None:
         """One batch after the other until nobody waits. A running quote gathers the next batch; nothing lingers."""
-        while batch := self._next_batch():
+        gpus = self._gpus if lane is self._gpu_lane else None
+        while batch := lane.next_batch():
             failure: AgentError = Unavailable("EVIDENCE_FAILED", "evidence could not be collected", retry_after=1.0)
             try:
-                for answer, bundle in await self._serve(batch):
+                for answer, bundle in await self._serve(batch, gpus):
                     if not answer.done():
                         answer.set_result(bundle)
             except AgentError as error:
@@ -147,35 +180,35 @@ class Evidence:
                     if not answer.done():
                         answer.set_exception(failure)
 
-    def _next_batch(self) -> list[_Waiting]:
-        """At most ``MAX_BATCH`` of those who wait, uid by uid in turn."""
-        batch: list[_Waiting] = []
-        while self._waiting and len(batch) < MAX_BATCH:
-            entry = self._waiting.pop()
-            if not entry[1].done():  # a caller that left costs nothing
-                batch.append(entry)
-        return batch
-
-    async def _serve(self, batch: list[_Waiting]) -> list[tuple[asyncio.Future[bytes], bytes]]:
+    async def _serve(
+        self, batch: list[_Waiting], gpus: GpuSessions | None
+    ) -> list[tuple[asyncio.Future[bytes], bytes]]:
         tree = Tree([statement for statement, _ in batch])
+        devices: GpuCollection | None = None
+        if gpus is not None:
+            devices = await gpus.collect(gpu_batch_nonce(self._boot.keys.agent_ak_name, tree.root))
 
         def job(tpm: TpmCommands) -> _Collected:
-            return self._collect(tpm, tree)
+            return self._collect(tpm, tree, devices)
 
         collected = await self._boot.run(AGENT, job)
+        if gpus is not None and devices is not None:
+            gpus.require_still(devices)
         frame = BundleFrame(self._shared(collected))
         return [
             (answer, frame.fill(statement, index, tree.path(index)))
             for index, (statement, answer) in enumerate(batch)
         ]
 
-    def _collect(self, tpm: TpmCommands, tree: Tree) -> _Collected:
+    def _collect(self, tpm: TpmCommands, tree: Tree, gpus: GpuCollection | None) -> _Collected:
         """Everything that the quote must cover at one instant; runs as one TPM job."""
         boot_log = self._boot.logs.boot()
         self._boot.log.settle(tpm)
         agent_log = self._boot.log.data
         with self._boot.logs.systemd() as systemd_log:
             manifest = self._manifest(tree, boot_log, systemd_log, agent_log)
+            if gpus is not None:
+                manifest = replace(manifest, gpus=gpus.inventory())
             encoded = manifest.encode()
             found, attest = consistent_quote(
                 tpm,
@@ -188,7 +221,7 @@ class Evidence:
         self._boot.log.check(found.pcrs)
         if self.audit is not None and manifest.audit is not None:
             self.audit.quoted = manifest.audit.head
-        return _Collected(encoded, found, boot_log, systemd_log, agent_log)
+        return _Collected(encoded, found, boot_log, systemd_log, agent_log, gpus)
 
     def _manifest(self, tree: Tree, boot_log: bytes | None, systemd_log: bytes | None, agent_log: bytes) -> Manifest:
         missing: list[tuple[str, str]] = []
@@ -233,4 +266,5 @@ class Evidence:
             boot_log=collected.boot_log,
             systemd_log=collected.systemd_log,
             agent_log=collected.agent_log,
+            gpus=None if collected.gpus is None else collected.gpus.words(),
         )

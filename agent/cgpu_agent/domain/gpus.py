@@ -14,7 +14,8 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from cgpu_agent.backends.base import Clock, GpuEvent, GpuEvidence, Gpus
+from cgpu_agent.backends.base import Clock, GpuEvent, GpuEvidence, GpuInfo, Gpus
+from cgpu_agent.domain.gpucollect import GpuCollection
 from cgpu_agent.domain.gpuexam import ASK_SECONDS, NONCE_SIZE, GpuExaminer, Refused
 from cgpu_agent.domain.gpujudge import Judge
 from cgpu_agent.domain.gpurecord import Recorder
@@ -31,6 +32,7 @@ _ASLEEP_SECONDS: Final = 60.0
 
 _LOST = frozenset({"GPU_LOST", "GPU_DRIVER"})
 _UNSUPPORTED = "GPU_UNSUPPORTED"
+_EVIDENCE = "evidence"
 NO_GPUS: Final = Reason("NO_GPUS", "this machine has no GPUs")
 STOPPED: Final = Reason("AGENT_STOPPED", "the agent is stopping")
 FOREIGN: Final = Reason("GPU_READY_FOREIGN", "the GPUs' ready state was set by somebody else, and was cleared")
@@ -403,7 +405,43 @@ class GpuSessions:
                 raise DeviceFault("GPU_ERROR", "the GPUs did not take their ready state")
             self.state.confirm(attempt, devices)
 
-    # Reports for callers
+    # Reports for evidence and for callers
+
+    async def collect(self, nonce: bytes) -> GpuCollection:
+        """Every device's report over these 32 bytes, of an inventory that stood still meanwhile.
+
+        Whether they are trusted does not matter here: whoever reads the evidence judges for himself.
+
+        Raises:
+            Unavailable: ``NO_GPUS``; ``GPU_INVENTORY``; ``GPU_INVENTORY_CHANGED``: something happened to the devices.
+            DeviceFault: from a device: there are all reports, or none.
+        """
+        devices = await self._seen()
+        if not devices:
+            raise Unavailable(NO_GPUS.slug, NO_GPUS.message)
+        epoch = self.state.epoch
+        answers = await asyncio.gather(*(self._ask(_EVIDENCE, info.uuid, nonce) for info in devices))
+        await self._seen()
+        trusted = frozenset(each.info.uuid for each in self.state.sessions if each.phase == "trusted")
+        collection = GpuCollection(
+            self._gpus.kind, self._rules.count, self.state.gate == "open", epoch, trusted, devices, tuple(answers)
+        )
+        self.require_still(collection)
+        return collection
+
+    def require_still(self, collection: GpuCollection) -> None:
+        """Raises ``Unavailable`` (``GPU_INVENTORY_CHANGED``) if anything happened to the devices since."""
+        if collection.epoch != self.state.epoch:
+            raise Unavailable(
+                "GPU_INVENTORY_CHANGED", "something happened to the GPUs while they were asked", retry_after=2.0
+            )
+
+    async def _seen(self) -> tuple[GpuInfo, ...]:
+        """The devices, by PCI address; others than before are a doubt."""
+        devices = await self._examiner.inventory()
+        if not self.state.see(devices):
+            await self._enforce()
+        return tuple(sorted(devices, key=lambda info: (info.bdf, info.uuid)))
 
     async def report(self, owner: int, uuid: str, nonce: bytes) -> GpuEvidence:
         """A device's report over exactly these 32 bytes.
@@ -416,6 +454,9 @@ class GpuSessions:
             raise Misuse("BAD_NONCE", f"the nonce of a GPU report has {NONCE_SIZE} bytes")
         if uuid not in {info.uuid for info in self.state.inventory}:
             raise Misuse("UNKNOWN_GPU", "there is no GPU of this uuid")
+        return await self._ask(owner, uuid, nonce)
+
+    async def _ask(self, owner: object, uuid: str, nonce: bytes) -> GpuEvidence:
         try:
             return await self._examiner.ask(owner, uuid, nonce)
         except DeviceFault as error:

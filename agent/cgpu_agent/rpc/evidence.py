@@ -25,6 +25,7 @@ class EvidenceService(evidence_pb2_grpc.EvidenceServicer):
         asked = Request(
             nonce=request.nonce,
             audience=request.audience,
+            gpus=request.gpus,
             user_data=request.user_data if binding == "user_data" else None,
             public_key=request.public_key if binding == "public_key" else None,
         )

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n cgpu_agent/api/v1/evidence.proto\x12\rcgpu.agent.v1\"k\n\x12GetEvidenceRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x10\n\x08\x61udience\x18\x02 \x01(\t\x12\x13\n\tuser_data\x18\x03 \x01(\x0cH\x00\x12\x14\n\npublic_key\x18\x04 \x01(\x0cH\x00\x42\t\n\x07\x62inding\"%\n\x13GetEvidenceResponse\x12\x0e\n\x06\x62undle\x18\x01 \x01(\x0c\x32`\n\x08\x45vidence\x12T\n\x0bGetEvidence\x12!.cgpu.agent.v1.GetEvidenceRequest\x1a\".cgpu.agent.v1.GetEvidenceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n cgpu_agent/api/v1/evidence.proto\x12\rcgpu.agent.v1\"y\n\x12GetEvidenceRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x10\n\x08\x61udience\x18\x02 \x01(\t\x12\x13\n\tuser_data\x18\x03 \x01(\x0cH\x00\x12\x14\n\npublic_key\x18\x04 \x01(\x0cH\x00\x12\x0c\n\x04gpus\x18\x05 \x01(\x08\x42\t\n\x07\x62inding\"%\n\x13GetEvidenceResponse\x12\x0e\n\x06\x62undle\x18\x01 \x01(\x0c\x32`\n\x08\x45vidence\x12T\n\x0bGetEvidence\x12!.cgpu.agent.v1.GetEvidenceRequest\x1a\".cgpu.agent.v1.GetEvidenceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,9 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cgpu_agent.api.v1.evidence_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETEVIDENCEREQUEST']._serialized_start=51
-  _globals['_GETEVIDENCEREQUEST']._serialized_end=158
-  _globals['_GETEVIDENCERESPONSE']._serialized_start=160
-  _globals['_GETEVIDENCERESPONSE']._serialized_end=197
-  _globals['_EVIDENCE']._serialized_start=199
-  _globals['_EVIDENCE']._serialized_end=295
+  _globals['_GETEVIDENCEREQUEST']._serialized_end=172
+  _globals['_GETEVIDENCERESPONSE']._serialized_start=174
+  _globals['_GETEVIDENCERESPONSE']._serialized_end=211
+  _globals['_EVIDENCE']._serialized_start=213
+  _globals['_EVIDENCE']._serialized_end=309
 # @@protoc_insertion_point(module_scope)

@@ -24,6 +24,7 @@ class GetEvidenceRequest(_message.Message):
     AUDIENCE_FIELD_NUMBER: _builtins.int
     USER_DATA_FIELD_NUMBER: _builtins.int
     PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
     nonce: _builtins.bytes
     """8 to 64 bytes, chosen by the relying party, fresh and unpredictable."""
     audience: _builtins.str
@@ -36,6 +37,10 @@ class GetEvidenceRequest(_message.Message):
     """A public key of the caller, DER SubjectPublicKeyInfo, at most 2048 bytes. Bound as claimed: the relying party must
     see the key used (docs/evidence-format.md).
     """
+    gpus: _builtins.bool
+    """The GPUs too: a report of each, made for this evidence, beside the boot. Takes as long as the slowest GPU. Fails with
+    NO_GPUS where there are none, and as a whole where one of them does not answer.
+    """
     def __init__(
         self,
         *,
@@ -43,10 +48,11 @@ class GetEvidenceRequest(_message.Message):
         audience: _builtins.str = ...,
         user_data: _builtins.bytes = ...,
         public_key: _builtins.bytes = ...,
+        gpus: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["binding", b"binding", "public_key", b"public_key", "user_data", b"user_data"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "binding", b"binding", "nonce", b"nonce", "public_key", b"public_key", "user_data", b"user_data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audience", b"audience", "binding", b"binding", "gpus", b"gpus", "nonce", b"nonce", "public_key", b"public_key", "user_data", b"user_data"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_binding: _TypeAlias = _typing.Literal["user_data", "public_key"]  # noqa: Y015
     _WhichOneofArgType_binding: _TypeAlias = _typing.Literal["binding", b"binding"]  # noqa: Y015
