@@ -33,6 +33,7 @@ EVERYTHING: dict[str, Any] = {
     "logs": {"boot": "/run/x/boot", "systemd": "/run/x/systemd"},
     "gpu": {
         "backend": "software:/run/x/gpu",
+        "ready_helper": "/run/x/ready.sock",
         "device_roots": ["/run/x/root.pem", "ab" * 32],
         "rim_roots": ["/run/x/rim.pem"],
         "collateral": "/run/x/collateral",
