@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from cgpu_agent.ready.helper import MAX_ASKING
+from cgpu_agent.rpc import peer
 from fixtures.nvml import FakeDriver
-from fixtures.readyhelper import PATIENCE, HelperProcess, heard, running_helper, silent
+from fixtures.readyhelper import PATIENCE, UNKNOWN_OPTION, HelperProcess, heard, running_helper, silent
 
 SET_READY = "nvmlSystemSetConfComputeGpusReadyState"
 DONE, REFUSED = b"nvml 0", b"refused"
@@ -66,9 +67,9 @@ def driver(tmp_path: Path) -> FakeDriver:
     return FakeDriver.loaded(tmp_path)
 
 
-@pytest.fixture
-def helper(driver: FakeDriver, folder: Path) -> Iterator[HelperProcess]:
-    with running_helper(driver, folder) as process:
+@pytest.fixture(params=[peer.SO_PEERPIDFD, UNKNOWN_OPTION], ids=["", "old-kernel"])
+def helper(driver: FakeDriver, folder: Path, request: pytest.FixtureRequest) -> Iterator[HelperProcess]:
+    with running_helper(driver, folder, option=request.param) as process:
         yield process
 
 

@@ -33,19 +33,19 @@ def put_ready(nvml: Nvml, ready: bool) -> int:
 
     The library stays open: in confidential-computing mode a GPU whose last client leaves may refuse the next one.
     """
-    for last in (False, True):
-        try:
-            with nvml.use():
-                nvml.set_ready(ready)
-        except Unavailable:
-            return NOT_SUPPORTED
-        except DeviceFault as fault:
-            code = fault.code if isinstance(fault, NvmlFault) else UNKNOWN
-            if last or code != UNINITIALIZED:  # Else the driver was loaded anew, and did nothing.
-                return code
-        else:
-            return 0
-    return UNKNOWN  # pragma: no cover - the loop returns
+    code = _put(nvml, ready)
+    return _put(nvml, ready) if code == UNINITIALIZED else code  # Then the driver was loaded anew, and did nothing.
+
+
+def _put(nvml: Nvml, ready: bool) -> int:
+    try:
+        with nvml.use():
+            nvml.set_ready(ready)
+    except Unavailable:
+        return NOT_SUPPORTED
+    except DeviceFault as fault:
+        return fault.code if isinstance(fault, NvmlFault) else UNKNOWN
+    return 0
 
 
 class Helper:
@@ -166,7 +166,7 @@ class Helper:
         code = self._put(False)
         self._may_be_set = code not in (0, NOT_SUPPORTED)
         if lease is not None:
-            lease[0].close()  # Not before: who sees it closed may take it that the ready state is cleared.
+            lease[0].close()  # Not before: who sees it end finds the ready state cleared, if it can be.
             os.close(lease[1])
         if self._may_be_set and code != self._failure:
             sys.stderr.write(f"<3>the GPUs' ready state cannot be cleared (NVML: {code})\n")
