@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,16 @@ from cgpu_agent.daemon import __main__ as daemon
 from cgpu_agent.daemon.config import Config
 from cgpu_agent.domain.core import REMEDIES
 from cgpu_agent.domain.policy import Action
+from cgpu_agent.ready import __main__ as ready
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "man"
 CGPUCTL, DAEMON, CONFIG = PAGES / "cgpuctl.1", PAGES / "cgpu-agent.8", PAGES / "cgpu-agent.toml.5"
+READY = PAGES / "cgpu-ready.8"
 SECTIONS = {
     CGPUCTL: {"COMMANDS", "OPTIONS", "EXIT STATUS", "ENVIRONMENT", "FILES", "EXAMPLES", "LIMITATIONS", "SEE ALSO"},
     DAEMON: {"OPTIONS", "SIGNALS", "EXIT STATUS", "ENVIRONMENT", "FILES", "EXAMPLES", "LIMITATIONS", "SEE ALSO"},
     CONFIG: {"EXAMPLES", "LIMITATIONS", "SEE ALSO"},
+    READY: {"OPTIONS", "SIGNALS", "EXIT STATUS", "ENVIRONMENT", "FILES", "EXAMPLES", "LIMITATIONS", "SEE ALSO"},
 }
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 EVERYWHERE = {"--help"}
@@ -98,12 +101,17 @@ def test_the_examples_are_good_commands() -> None:
         build_parser().parse_args(shlex.split(line))
 
 
-def test_options_of_the_daemon_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("main", "page", "some"), [(daemon.main, DAEMON, {"--config", "--check"}), (ready.main, READY, {"--clear"})]
+)
+def test_options_of_the_daemons_are_told(
+    main: Callable[[list[str]], int], page: Path, some: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        daemon.main(["--help"])
+        main(["--help"])
     taken = set(OPTION.findall(capsys.readouterr().out))
-    assert {"--config", "--check"} <= taken
-    assert set(OPTION.findall(parts(DAEMON, "SH")["OPTIONS"])) == taken
+    assert some <= taken
+    assert set(OPTION.findall(parts(page, "SH")["OPTIONS"])) == taken
 
 
 @pytest.mark.parametrize("slug", REMEDIES)

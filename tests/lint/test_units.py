@@ -12,13 +12,18 @@ import pytest
 
 from cgpu_agent.daemon.__main__ import EXIT_CONFIG
 from cgpu_agent.daemon.config import Config
+from cgpu_agent.ready.__main__ import USER
+from cgpu_agent.ready.identity import UNIT
+from cgpu_agent.wire.ready import SOCKET
 
 UNITS = Path(__file__).resolve().parents[2] / "systemd"
 SERVICE = UNITS / "cgpu-agent.service"
 SOCKETS = {"api": UNITS / "cgpu-agent.socket", "admin": UNITS / "cgpu-agent-admin.socket"}
 RELOAD = UNITS / "cgpu-agent.service.d" / "50-newer-systemd.conf"
 DEVICE = UNITS / "dev-tpmrm0.device.d" / "50-cgpu-agent.conf"
-EVERY_FILE = [SERVICE, *SOCKETS.values(), RELOAD, DEVICE]
+HELPER, HELPER_SOCKET = UNITS / "cgpu-ready.service", UNITS / "cgpu-ready.socket"
+PERSISTENCED = UNITS / "nvidia-persistenced.service.d" / "zz-cgpu-agent.conf"
+EVERY_FILE = [SERVICE, *SOCKETS.values(), RELOAD, DEVICE, HELPER, HELPER_SOCKET]
 
 DESCRIPTORS_PER_CALLER = 4
 EXPOSURE_ALLOWED = 15  # tenths
@@ -65,12 +70,12 @@ def installed(tmp_path: Path) -> Path:
     stub.chmod(0o755)
     folder = tmp_path / "units"
     shutil.copytree(UNITS, folder, ignore=shutil.ignore_patterns(RELOAD.parent.name))
-    service = folder / SERVICE.name
-    service.write_text(service.read_text().replace("=/usr/bin/cgpu-agent\n", f"={stub}\n"))
+    for unit in (folder / SERVICE.name, folder / HELPER.name):
+        unit.write_text(re.sub(r"/usr/bin/cgpu-(agent|ready)\b", str(stub), unit.read_text()))
     return folder
 
 
-ALL_UNITS = (SERVICE.name, *(path.name for path in SOCKETS.values()))
+ALL_UNITS = (SERVICE.name, *(path.name for path in SOCKETS.values()), HELPER.name, HELPER_SOCKET.name)
 
 
 @needs_analyze
@@ -100,16 +105,18 @@ def test_the_drop_in_holds_nothing_but_what_newer_systemd_knows(installed: Path)
 
 
 @needs_analyze
-def test_exposure_is_within_its_bound() -> None:
-    answer = run("systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE_ALLOWED}", SERVICE)
+@pytest.mark.parametrize("service", [SERVICE, HELPER], ids=lambda path: path.name)
+def test_exposure_is_within_its_bound(service: Path) -> None:
+    answer = run("systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE_ALLOWED}", service)
     assert answer.returncode == 0, answer.stdout
 
 
 @needs_analyze
+@pytest.mark.parametrize("service", [SERVICE, HELPER], ids=lambda path: path.name)
 @pytest.mark.parametrize("key", ["CapabilityBoundingSet", "SystemCallFilter"])
-def test_exposure_without_a_setting_of_weight_is_out_of_bounds(tmp_path: Path, key: str) -> None:
-    weaker = tmp_path / SERVICE.name
-    weaker.write_text("\n".join(line for line in SERVICE.read_text().splitlines() if not line.startswith(f"{key}=")))
+def test_exposure_without_a_setting_of_weight_is_out_of_bounds(tmp_path: Path, key: str, service: Path) -> None:
+    weaker = tmp_path / service.name
+    weaker.write_text("\n".join(line for line in service.read_text().splitlines() if not line.startswith(f"{key}=")))
     answer = run("systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE_ALLOWED}", weaker)
     assert answer.returncode != 0
 
@@ -185,6 +192,37 @@ def test_readiness_is_not_lost_where_the_newer_type_is_unknown() -> None:
 
 def test_the_tss_is_silent() -> None:
     assert "TSS2_LOG=all+NONE" in settings(SERVICE)["Environment"]
+
+
+def test_the_agents_user_alone_reaches_the_root_helper() -> None:
+    socket = settings(HELPER_SOCKET)
+    assert socket["ListenSequentialPacket"] == [Config().gpu.ready_helper] == [SOCKET]
+    assert (socket["SocketMode"], socket["SocketUser"]) == (["0600"], [USER]) == (["0600"], settings(SERVICE)["User"])
+
+
+def test_the_root_helper_has_one_capability_and_the_agents_devices() -> None:
+    helper = settings(HELPER)
+    assert helper["CapabilityBoundingSet"] == ["CAP_SYS_ADMIN"]
+    assert helper["DeviceAllow"] == [each for each in settings(SERVICE)["DeviceAllow"] if "nvidia" in each]
+
+
+def test_the_ready_state_is_cleared_however_agent_and_helper_end() -> None:
+    assert settings(SERVICE)["ExecStopPost"] == ["-/usr/bin/cgpu-ready --clear"]
+    assert settings(HELPER)["ExecStopPost"] == ["/usr/bin/cgpu-ready --clear"]
+    assert settings(HELPER)["PartOf"] == settings(HELPER)["Before"] == [UNIT] == [SERVICE.name]
+
+
+@needs_analyze
+@pytest.mark.parametrize("shipped", [True, False])
+def test_nvidia_persistenced_sets_no_ready_state(tmp_path: Path, shipped: bool) -> None:
+    """systemd complains of a command that does not exist, as long as it is in the list."""
+    unit, drop_in = tmp_path / "nvidia-persistenced.service", tmp_path / "nvidia-persistenced.service.d"
+    unit.write_text("[Service]\nExecStart=/bin/true\n")
+    drop_in.mkdir()
+    (drop_in / "override.conf").write_text("[Service]\nExecStartPost=/nonexistent/nvidia-smi conf-compute -srs 1\n")
+    if shipped:
+        shutil.copy(PERSISTENCED, drop_in)
+    assert any("/nonexistent/nvidia-smi" in line for line in verify(tmp_path, unit.name)) == (not shipped)
 
 
 @needs_root

@@ -183,7 +183,7 @@ class GpuEvidence:
 class GpuEvent:
     """Something happened to the devices; whoever trusts them must look again."""
 
-    kind: Literal["appeared", "vanished", "driver-reloaded", "xid", "watch-lost"]
+    kind: Literal["appeared", "vanished", "driver-reloaded", "xid", "watch-lost", "ready-lost"]
     bdf: str | None
     detail: str
 
@@ -220,7 +220,7 @@ class Gpus(Protocol):
         """As ``Tpm.heartbeat_age``: the oldest of the device threads."""
 
     def close(self) -> None:
-        """Stop. Idempotent; does not touch the ready state."""
+        """Stop. Idempotent; a ready state that is still set may stay so."""
 
 
 class MeasurementLogs(Protocol):

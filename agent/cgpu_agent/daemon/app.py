@@ -24,7 +24,7 @@ from cgpu_agent.daemon import config as configuration
 from cgpu_agent.daemon import logging as journal
 from cgpu_agent.daemon import status
 from cgpu_agent.daemon.build import build_digest
-from cgpu_agent.daemon.config import Config
+from cgpu_agent.daemon.config import Config, GpuConfig
 from cgpu_agent.daemon.gpus import load_judge, load_rules
 from cgpu_agent.daemon.notify import Notifier, passed_descriptors
 from cgpu_agent.daemon.policy import load_policy
@@ -71,13 +71,13 @@ def _listener(passed: int | None, path: str, mode: int) -> Listener:
     return bind_listener(path, mode) if passed is None else adopt_listener(socket.socket(fileno=passed))
 
 
-def _open_gpus(backend: str) -> Gpus | None:
+def _open_gpus(config: GpuConfig) -> Gpus | None:
     """The GPUs that the configuration names. NVIDIA's driver may come later; its absence is a state, not an error."""
-    if backend == "none":
+    if config.backend == "none":
         return None
-    if backend.startswith("software:"):
-        return SoftwareGpus(Path(backend.removeprefix("software:")))
-    return NvmlGpus()
+    if config.backend.startswith("software:"):
+        return SoftwareGpus(Path(config.backend.removeprefix("software:")))
+    return NvmlGpus(helper=None if config.ready_helper == "none" else Path(config.ready_helper))
 
 
 class App:
@@ -155,7 +155,7 @@ class App:
         self._started = time.monotonic()
 
     def _gpu_sessions(self, config: Config) -> GpuSessions | None:
-        gpus = _open_gpus(config.gpu.backend)
+        gpus = _open_gpus(config.gpu)
         if gpus is None:
             return None
         core = self._core

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from cgpu_agent.backends.base import AkAlgorithm
 from cgpu_agent.errors import Misuse
+from cgpu_agent.wire.ready import SOCKET
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,6 +64,7 @@ class GpuConfig:
     """The GPUs, and what is trusted about them.
 
     ``backend``: "auto" = NVIDIA's driver where it is there, "nvml", "software:/path/of/socket" or "none".
+    ``ready_helper``: socket of the root helper that sets NVIDIA's ready state, or "none" = the agent does so itself.
     ``device_roots``, ``rim_roots``: files of certificates, or SHA-256 digests of root keys in hex; empty = NVIDIA's.
     ``collateral``: directory of reference values (``*.xml``, ``*.swidtag``), ``*.crl`` and ``*.ocsp``.
     ``count``: how many GPUs there must be; 0 = any number.
@@ -70,6 +72,7 @@ class GpuConfig:
     """
 
     backend: str = "auto"
+    ready_helper: str = SOCKET
     device_roots: tuple[str, ...] = ()
     rim_roots: tuple[str, ...] = ()
     collateral: str = "/etc/cgpu-agent/collateral"
@@ -243,6 +246,8 @@ def _check(config: Config) -> None:
 def _check_gpu(gpu: GpuConfig) -> None:
     if not re.fullmatch(r"auto|nvml|none|software:/[^\0]+", gpu.backend):
         raise _bad("gpu.backend must be auto, nvml, none or software:/path/of/socket")
+    if not re.fullmatch(r"none|/[^\0]+", gpu.ready_helper):
+        raise _bad("gpu.ready_helper must be none or an absolute path")
     if not gpu.collateral.startswith("/") or "\0" in gpu.collateral:
         raise _bad("gpu.collateral must be an absolute path")
     for name in ("device_roots", "rim_roots"):

@@ -64,7 +64,7 @@ REMEDIES: Mapping[str, str] = {
     "GPU_INVENTORY": "see that every GPU is bound to the NVIDIA driver, and that nvidia-persistenced runs",
     "GPU_CC_OFF": "have the host start the GPU in confidential-computing mode",
     "GPU_DEV_TOOLS": "have the host start the GPU without developer tools",
-    "GPU_GATE_STUCK": "see the kernel log for the driver, and that the agent may set the ready state (NVIDIA: root)",
+    "GPU_GATE_STUCK": "see the kernel log for the driver, and systemctl status cgpu-ready.socket cgpu-ready.service",
     "GPU_READY_FOREIGN": "leave setting the ready state to the agent (no unit may run nvidia-smi conf-compute -srs)",
     "NO_RIM": "put NVIDIA's reference values for this driver and firmware into gpu.collateral",
     "CLOCK_BEFORE_FLOOR": "set the clock of the host right",

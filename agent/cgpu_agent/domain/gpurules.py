@@ -60,4 +60,5 @@ def doubt_of(event: GpuEvent) -> Reason | None:
         "vanished": Reason("GPU_LOST", "a GPU vanished"),
         "driver-reloaded": Reason("GPU_DRIVER_RELOADED", "the GPU driver was loaded anew"),
         "watch-lost": Reason("GPU_WATCH_LOST", "what happened to the GPUs may have been missed"),
+        "ready-lost": Reason("GPU_READY_CLEARED", "the helper that held the GPUs' ready state let it go"),
     }[event.kind]

@@ -32,8 +32,9 @@ _AT_STATX_DONT_SYNC = 0x4000
 _STATX_BASIC_AND_BIRTH = 0xFFF
 _STATX_SIZE = 256
 _PROC_FILE_LIMIT = 64 * 1024
+_STAT_PARENT = 1
 _STAT_START_TIME = 19
-"""Place of ``starttime`` (field 22) behind the command name, which ends field 2."""
+"""Places of ``ppid`` and ``starttime`` (fields 4 and 22) behind the command name, which ends field 2."""
 
 # PyDLL keeps the GIL: the three calls made through it never wait (statx with DONT_SYNC, poll with no time-out, this
 # ioctl), each is made for every RPC, and giving the GIL away and getting it back costs many times the call.
@@ -171,11 +172,20 @@ def status_ids(pid: int) -> Ids | None:
 
 def start_time(pid: int) -> int | None:
     """Clock ticks from boot to the process's start: tells a recycled pid apart, unless both started in one tick."""
+    return _stat_field(pid, _STAT_START_TIME)
+
+
+def parent(pid: int) -> int | None:
+    """The parent's pid."""
+    return _stat_field(pid, _STAT_PARENT)
+
+
+def _stat_field(pid: int, place: int) -> int | None:
     stat = proc_file(pid, "stat")
     if stat is None:
         return None
     fields = stat[stat.rfind(b")") + 1 :].split()
-    return int(fields[_STAT_START_TIME]) if len(fields) > _STAT_START_TIME else None
+    return int(fields[place]) if len(fields) > place else None
 
 
 def executable(pid: int) -> FileState | None:

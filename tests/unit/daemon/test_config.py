@@ -33,6 +33,7 @@ EVERYTHING: dict[str, Any] = {
     "logs": {"boot": "/run/x/boot", "systemd": "/run/x/systemd"},
     "gpu": {
         "backend": "software:/run/x/gpu",
+        "ready_helper": "/run/x/ready.sock",
         "device_roots": ["/run/x/root.pem", "ab" * 32],
         "rim_roots": ["/run/x/rim.pem"],
         "collateral": "/run/x/collateral",
@@ -106,6 +107,7 @@ def test_unknown_key_of_a_table_is_named_with_its_table(table: str) -> None:
     [
         ("", "log_level", ["loud", 1, [], {}, "INFO"]),
         ("", "runtime_dir", ["", 1, "relative", "/nul\0", [], True]),
+        ("gpu", "ready_helper", ["", 1, "relative", "/nul\0", "None", [], True]),
         ("", "state_dir", ["", 1, "relative", "/nul\0", [], True]),
         ("", "policy", ["", "policy.cedar", 1, [], "/nul\0", "Default"]),
         ("sockets", "api", ["", "agent.sock", 3, "/a\0b"]),

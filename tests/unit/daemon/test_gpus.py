@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
+from cgpu_agent.daemon.app import _open_gpus
 from cgpu_agent.daemon.config import GpuConfig, parse
 from cgpu_agent.daemon.gpus import load_judge, load_rules
 from cgpu_agent.domain.gpurules import GpuRules
@@ -116,3 +118,11 @@ def test_a_bad_value_is_refused_by_name(key: str, value: object) -> None:
         parse({"gpu": {key: value}})
     assert caught.value.slug == "BAD_CONFIG"
     assert f"gpu.{key}" in caught.value.message
+
+
+def test_the_ready_state_is_set_through_the_helper_unless_the_configuration_says_otherwise() -> None:
+    for helper, through in (("/run/x/ready.sock", True), ("none", False)):
+        gpus = _open_gpus(GpuConfig(backend="nvml", ready_helper=helper))
+        assert isinstance(gpus, NvmlGpus)
+        assert (gpus._lease is not None) == through
+        gpus.close()

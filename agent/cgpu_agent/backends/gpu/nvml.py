@@ -129,15 +129,10 @@ class Nvml:
 
     def set_ready(self, ready: bool) -> None:
         """Needs root (CAP_SYS_ADMIN)."""
-        call = "nvmlSystemSetConfComputeGpusReadyState"
         try:
-            _ask(call, int(ready))
+            _ask(nvmlfaults.SET_READY, int(ready))
         except NvmlFault as fault:
-            if fault.code != nvmlfaults.INVALID_ARGUMENT:
-                raise
-            # NVIDIA's own tool reads this answer so; there is no other that says it.
-            words = "the GPUs are in a state that they leave only by a reset: restart the VM"
-            raise NvmlFault(fault.code, call, words=words) from None
+            raise nvmlfaults.ready_not_put(fault.code) from None
 
     @contextlib.contextmanager
     def watch_xids(self) -> Iterator[XidWatch]:

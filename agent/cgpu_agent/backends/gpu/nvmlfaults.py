@@ -13,21 +13,26 @@ from cgpu_agent.errors import DeviceFault, Unavailable
 
 UNINITIALIZED: Final = 1
 INVALID_ARGUMENT: Final = 2
+NOT_SUPPORTED: Final = 3
+DRIVER_NOT_LOADED: Final = 9
 TIMEOUT: Final = 10
 FUNCTION_NOT_FOUND: Final = 13
+UNKNOWN: Final = 999
+
+SET_READY: Final = "nvmlSystemSetConfComputeGpusReadyState"
 
 _UNSUPPORTED: Final = "GPU_UNSUPPORTED"
 
 MEANINGS: Final[Mapping[int, tuple[str, str]]] = {
     UNINITIALIZED: ("GPU_DRIVER", "the GPU driver no longer knows this process"),
     INVALID_ARGUMENT: ("GPU_ERROR", "the GPU driver refused the request"),
-    3: (_UNSUPPORTED, "the GPU has no such thing"),
+    NOT_SUPPORTED: (_UNSUPPORTED, "the GPU has no such thing"),
     4: ("GPU_ERROR", "the GPU driver allows this to root only"),
     5: ("GPU_ERROR", "the GPU driver is in use already"),
     6: ("GPU_LOST", "the GPU driver knows no such GPU"),
     7: ("GPU_ERROR", "the GPU driver's answer needs more room than its interface has"),
     8: ("GPU_ERROR", "the GPU lacks external power"),
-    9: ("GPU_DRIVER", "the GPU driver is not loaded"),
+    DRIVER_NOT_LOADED: ("GPU_DRIVER", "the GPU driver is not loaded"),
     TIMEOUT: ("GPU_TIMEOUT", "the GPU did not answer its driver in time"),
     11: ("GPU_DRIVER", "the GPU driver gets no interrupts"),
     12: ("GPU_DRIVER", "the GPU driver's library is not installed"),
@@ -49,7 +54,7 @@ MEANINGS: Final[Mapping[int, tuple[str, str]]] = {
     28: ("GPU_LOST", "the GPU driver found no such GPU"),
     29: ("GPU_ERROR", "the GPU is in a state that forbids this"),
     30: (_UNSUPPORTED, "the GPU cannot be reset in this way"),
-    999: ("GPU_ERROR", "something unknown went wrong in the GPU driver"),
+    UNKNOWN: ("GPU_ERROR", "something unknown went wrong in the GPU driver"),
 }
 """Every code but 0: slug and words. What a later NVML adds is ``GPU_ERROR``."""
 
@@ -78,6 +83,15 @@ def failed(code: int, call: str) -> NvmlFault | Unavailable:
     if slug == _UNSUPPORTED:
         return Unavailable(_UNSUPPORTED, f"{words} ({call}: {code})")
     return NvmlFault(code, call)
+
+
+def ready_not_put(code: int) -> NvmlFault | Unavailable:
+    """Build the error of a ready state that could not be set or cleared; ``code`` as in ``failed``."""
+    if code == INVALID_ARGUMENT:
+        # NVIDIA's own tool reads this answer so; there is no other that says it.
+        words = "the GPUs are in a state that they leave only by a reset: restart the VM"
+        return NvmlFault(code, SET_READY, words=words)
+    return failed(code, SET_READY)
 
 
 def bad_answer(call: str) -> DeviceFault:

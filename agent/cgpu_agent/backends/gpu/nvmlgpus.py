@@ -14,8 +14,9 @@ from typing import Any, Final, Literal
 from cgpu_agent.backends.base import GpuEvent, GpuEvidence, GpuInfo
 from cgpu_agent.backends.gpu.hub import Hub
 from cgpu_agent.backends.gpu.nvml import Nvml
-from cgpu_agent.backends.gpu.nvmlfaults import UNINITIALIZED, NvmlFault, timed_out
-from cgpu_agent.backends.gpu.sysfs import SYSFS, nvidia_functions
+from cgpu_agent.backends.gpu.nvmlfaults import DRIVER_NOT_LOADED, UNINITIALIZED, NvmlFault, ready_not_put, timed_out
+from cgpu_agent.backends.gpu.readylease import ReadyLease
+from cgpu_agent.backends.gpu.sysfs import SYSFS, loaded_driver, nvidia_functions
 from cgpu_agent.backends.gpu.watch import Watch
 from cgpu_agent.backends.worker import Faults, Job, Worker
 from cgpu_agent.errors import DeviceFault, Unavailable
@@ -32,14 +33,24 @@ class NvmlGpus:
         poll: seconds between two looks for devices and driver that came or went.
         retry: seconds between two attempts at a driver that reports no errors; each may load a kernel module.
         queue_limit: calls that may wait for a thread.
+        helper: socket of the root helper that sets the ready state; ``None`` = set it here, which takes root.
     """
 
     kind: Literal["nvml", "software", "none"] = "nvml"
 
-    def __init__(self, *, sysfs: Path = SYSFS, poll: float = 2.0, retry: float = 10.0, queue_limit: int = 64) -> None:
+    def __init__(
+        self,
+        *,
+        sysfs: Path = SYSFS,
+        poll: float = 2.0,
+        retry: float = 10.0,
+        queue_limit: int = 64,
+        helper: Path | None = None,
+    ) -> None:
         self._sysfs: Final = sysfs
         self._nvml: Final = Nvml()
         self._hub: Final = Hub()
+        self._lease: Final = None if helper is None else ReadyLease(helper, self._lost)
         self._devices: Final = self._worker("gpu-devices", queue_limit)
         self._state: Final = self._worker("gpu-ready", queue_limit)
         self._watch: Final = Watch(self._hub, sysfs, self._nvml.watch_xids, self._nvml.drop, poll=poll, retry=retry)
@@ -63,7 +74,12 @@ class NvmlGpus:
         return state
 
     async def set_ready(self, ready: bool, *, timeout: float) -> None:
-        await self._state.run(lambda _: self._nvml.set_ready(ready), timeout=timeout, idempotent=False)
+        if self._lease is None:
+            await self._state.run(lambda _: self._nvml.set_ready(ready), timeout=timeout, idempotent=False)
+        elif loaded_driver(self._sysfs) is None:
+            raise ready_not_put(DRIVER_NOT_LOADED)  # Asking would start a helper on every machine without a GPU.
+        else:
+            await self._lease.put(ready, timeout=timeout)
 
     def events(self) -> AsyncIterator[GpuEvent]:
         return self._hub.follow()
@@ -72,8 +88,13 @@ class NvmlGpus:
         return max(part.heartbeat_age(now) for part in (self._devices, self._state, self._watch))
 
     def close(self) -> None:
+        if self._lease is not None:
+            self._lease.end()
         for part in (self._watch, self._devices, self._state, self._hub):
             part.close()
+
+    def _lost(self) -> None:
+        self._hub.publish(GpuEvent("ready-lost", None, "the connection to the helper ended"))
 
     def _worker(self, name: str, queue_limit: int) -> Worker:
         return Worker(name, self._perform, self._nvml.close, _FAULTS, queue_limit=queue_limit)
