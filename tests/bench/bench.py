@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from domain import group_commit
+from lanes import gpus
 from offline import offline
 from online import SLOW_QUOTE_SECONDS, World, evidence, front_door, in_turns, one_bundle, quotes, running
 from ratios import Pair, show
@@ -76,7 +78,7 @@ def cold_start(world: World, starts: int) -> list[Pair]:
     return [Pair.of("start to READY=1", 'python -c "import grpc"', "s", found["daemon"], found["import"])]
 
 
-def measure(world: World, effort: Effort, say: Callable[[str], None]) -> dict[str, list[Pair]]:
+def measure(world: World, home: Path, effort: Effort, say: Callable[[str], None]) -> dict[str, list[Pair]]:
     """Every section, in the order of the table."""
     found = {"memory": memory(world)}
     say("front door")
@@ -85,6 +87,10 @@ def measure(world: World, effort: Effort, say: Callable[[str], None]) -> dict[st
     found["quotes"] = quotes(world, rounds=effort.rounds, calls=effort.quote_calls)
     say("evidence")
     found["evidence"] = evidence(world, rounds=effort.rounds // 2, seconds=effort.evidence_seconds)
+    say("group commit")
+    found["group commit"] = group_commit(home, rounds=effort.rounds // 2)
+    say("GPUs")
+    found["GPUs"] = gpus(rounds=effort.rounds // 2, seconds=effort.offline_seconds)
     say("verification")
     found["verification"] = offline(one_bundle(world), rounds=effort.rounds // 2, seconds=effort.offline_seconds)
     say("start")
@@ -109,7 +115,7 @@ def main() -> int:
     say("starting")
     # A short path: socket addresses have at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder, running(Path(folder)) as world:
-        found = measure(world, effort, say)
+        found = measure(world, Path(folder), effort, say)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "quick": arguments.quick,
