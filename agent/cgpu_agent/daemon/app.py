@@ -20,6 +20,7 @@ from cgpu_agent.backends.gpu.software.client import SoftwareGpus
 from cgpu_agent.backends.logs import SystemLogs
 from cgpu_agent.backends.tpm.owner import TpmOwner
 from cgpu_agent.backends.tpm.transport import open_tpm
+from cgpu_agent.backends.vmclock import vm_generation
 from cgpu_agent.daemon import config as configuration
 from cgpu_agent.daemon import logging as journal
 from cgpu_agent.daemon import status
@@ -110,6 +111,7 @@ class App:
             store=Store(private),
             clock=SystemClock(),
             settings=self._settings(),
+            vm_generation=vm_generation,
         )
         self._open_audit(Path(config.state_dir))
         self._judge = load_judge(config.gpu)
@@ -316,6 +318,9 @@ class App:
         while True:
             await asyncio.sleep(_STATUS_SECONDS)
             self._watchdog.feed(time.monotonic())
+            if await self._core.watch_vm():
+                log.error("this VM was restored from a snapshot, or copied")
+                await self._audit("vm-restored")
             await self._audit_denials()
             await self._show()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -14,6 +14,7 @@ from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.boot import MeasuredBoot
 from cgpu_agent.domain.evidence import Evidence
 from cgpu_agent.domain.gpus import GpuSessions
+from cgpu_agent.domain.gpustate import Reason
 from cgpu_agent.domain.keys import Keys, establish, with_certificate
 from cgpu_agent.domain.policy import Facts
 from cgpu_agent.domain.store import Store
@@ -21,6 +22,8 @@ from cgpu_agent.errors import AgentError, DeviceFault, Unavailable
 
 State = Literal["starting", "serving", "degraded", "refusing", "stopping"]
 
+_UNSEEN = -1
+_RESTORED = Reason("VM_RESTORED", "this VM was restored from a snapshot, or copied")
 _ESTABLISH_SECONDS = 60.0  # an RSA key made by a slow TPM takes tens of seconds
 
 
@@ -89,6 +92,8 @@ class Core:
     """Why no audit log is kept; then nothing happens that needs its record."""
     gpus: GpuSessions | None = None
     """``None`` where nothing looks at GPUs."""
+    vm_generation: Callable[[], int | None] = lambda: None
+    _generation: int | None = _UNSEEN
     _boot: MeasuredBoot | None = None
     _evidence: Evidence | None = None
     _failure: AgentError | None = None
@@ -175,6 +180,7 @@ class Core:
                 pcrs=settings.evidence_pcrs,
                 audit=self.audit,
                 gpus=self.gpus,
+                vm_generation=self.vm_generation,
             )
             self._boot = boot
             self.certify(self._certificate)
@@ -195,6 +201,16 @@ class Core:
             await self._boot.measure_agent({"event": "agent-reload", **agent})
         finally:
             self._evidence.agent = dict(agent)
+
+    async def watch_vm(self) -> bool:
+        """Whether the machine was restored or copied since the last look; then nothing of before is trusted."""
+        now = self.vm_generation()
+        before, self._generation = self._generation, now
+        if before in (now, _UNSEEN):
+            return False
+        if self.gpus is not None:
+            await self.gpus.distrust(_RESTORED)
+        return True
 
     def certify(self, certificate: bytes | None) -> None:
         """Use this certificate of the platform AK (DER) instead of the one in NV; ``None`` changes nothing.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from cgpu_agent.backends.base import Clock, TpmCommands
@@ -106,6 +106,7 @@ class Evidence:
         pcrs: PCRs of the evidence quote; must hold the agent register.
         audit: the audit log whose head every manifest holds.
         gpus: the GPUs; ``None`` where nothing looks at GPUs.
+        vm_generation: as ``Manifest.vm_generation``.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Evidence:
         pcrs: tuple[int, ...],
         audit: AuditLog | None = None,
         gpus: GpuSessions | None = None,
+        vm_generation: Callable[[], int | None] = lambda: None,
     ) -> None:
         if boot.log.register not in pcrs:
             raise ValueError("the evidence quote must cover the agent register")
@@ -128,6 +130,7 @@ class Evidence:
         self.audit = audit
         self._selection = PcrSelection.of("sha256", pcrs)
         self._gpus = gpus
+        self._vm_generation = vm_generation
         self._boot_lane, self._gpu_lane = _Lane(), _Lane()
 
     async def get(self, caller: Caller, request: Request) -> bytes:
@@ -246,6 +249,7 @@ class Evidence:
             agent_log=LogDigest.of(agent_log),
             missing=tuple(missing),
             audit=None if self.audit is None else AuditAnchor(self.audit.head, self.audit.quoted),
+            vm_generation=self._vm_generation(),
         )
 
     def _shared(self, collected: _Collected) -> Bundle:

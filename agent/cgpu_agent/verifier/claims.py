@@ -114,6 +114,7 @@ def _agent(case: _Case) -> Claims:
             "boot_id": case.statement.boot_id,
             "missing": [{"part": part, "reason": reason} for part, reason in manifest.missing],
             "time": case.statement.time,
+            "vm_generation": manifest.vm_generation,
         },
     )
 

@@ -212,6 +212,7 @@ class Manifest:
         audit: the audit log's heads, or ``None`` where none is kept.
         gpus: the GPUs, or ``None`` where the batch did not ask for them.
         platform: ``PlatformWords.digest`` of the hardware report, or ``None`` where this machine has none.
+        vm_generation: the hypervisor's count of restores and copies of this machine, or ``None`` where it tells none.
     """
 
     root: bytes
@@ -228,6 +229,7 @@ class Manifest:
     audit: AuditAnchor | None = None
     gpus: GpuInventory | None = None
     platform: bytes | None = None
+    vm_generation: int | None = None
 
     def encode(self) -> bytes:
         def log(digest: LogDigest | None) -> dict[str, Any] | None:
@@ -253,6 +255,7 @@ class Manifest:
                 "root": self.root.hex(),
                 "tree_size": self.tree_size,
                 "version": VERSION,
+                "vm_generation": self.vm_generation,
             }
         )
 
@@ -307,6 +310,7 @@ def parse_manifest(data: bytes) -> Manifest:
         audit=None if fields.absent("audit") else _audit(fields.fields("audit")),
         gpus=None if fields.absent("gpus") else parse_inventory(fields.fields("gpus")),
         platform=None if fields.absent("platform") else fields.hex("platform", 32, 32),
+        vm_generation=None if fields.absent("vm_generation") else fields.integer("vm_generation", 0, (1 << 64) - 1),
     )
     logs.end()
     fields.end()
