@@ -14,6 +14,7 @@ from cgpu_agent.cli.inputs import parse_hex, parse_time, read_all, read_file
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.verifier.certificate import load_trusted
 from cgpu_agent.verifier.collateral import Collateral
+from cgpu_agent.verifier.collateralfolder import collateral_paths, read_collateral
 from cgpu_agent.verifier.gpucapability import NOT_COVERED, Architecture
 from cgpu_agent.verifier.gpucase import DeviceEvidence, DeviceResult, GpuParty
 from cgpu_agent.verifier.gpuchain import NVIDIA_DEVICE_ROOTS, NVIDIA_RIM_ROOTS, PinnedRoots
@@ -75,10 +76,14 @@ def _roots(path: Path | None, default: PinnedRoots) -> PinnedRoots:
 
 
 def _collateral(arguments: argparse.Namespace) -> Collateral:
+    folder: Path | None = arguments.collateral
+    if folder is not None and not folder.is_dir():
+        raise Misuse("NO_FILE", f"{folder} is not a directory")
+    stored = read_collateral([] if folder is None else collateral_paths(folder))
     return Collateral.load(
-        rims=read_all(arguments.rim),
-        crls=read_all(arguments.crl),
-        ocsp=read_all(arguments.ocsp),
+        rims=[*stored["rims"], *read_all(arguments.rim)],
+        crls=[*stored["crls"], *read_all(arguments.crl)],
+        ocsp=[*stored["ocsp"], *read_all(arguments.ocsp)],
         max_age=None if arguments.max_age is None else timedelta(days=arguments.max_age),
     )
 
@@ -127,7 +132,7 @@ def show(result: SetResult) -> None:
         word = output.coloured(result.result.upper(), "fail")
         output.say(f"{word}: {output.printable(refusal.detail)} [{refusal.slug}]")
         if refusal.slug == "NO_RIM":
-            output.say("  bring NVIDIA's reference values (--rim), or say --allow-no-rim")
+            output.say("  bring NVIDIA's reference values (--rim, --collateral), or say --allow-no-rim")
         return
     output.say(output.coloured("PASS", "ok"))
     for device in result.devices:

@@ -265,6 +265,7 @@ def _gpu(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--gpus", type=int, metavar="COUNT", help="how many GPUs there must be")
     parser.add_argument("--arch", choices=_ARCHITECTURES, help="what every device must be")
     parser.add_argument("--at", metavar="RFC3339", help="judge at this time (default: now)")
+    parser.add_argument("--collateral", type=Path, metavar="DIR", help="use this store (cgpuctl collateral)")
     parser.add_argument("--rim", help="NVIDIA's reference values: signed XML", **files)  # type: ignore[arg-type]
     parser.add_argument("--crl", help="certificate revocation list (DER or PEM)", **files)  # type: ignore[arg-type]
     parser.add_argument("--ocsp", help="OCSP response (DER)", **files)  # type: ignore[arg-type]
