@@ -191,7 +191,7 @@ def _judge_firmware_rim(case: Case) -> str | Skip:
 def _rim(case: Case, source: Source, version: str | None, rim_id: str) -> str | Skip:
     party, facts = case.party, case.facts
     edition = "SWITCH" if facts.architecture.is_switch else "GPU"
-    document = None if version is None else party.collateral.newest_rim(edition, version)
+    document = None if version is None else party.collateral.newest_rim(edition, version, _products(facts))
     if document is None:
         if party.allow_no_rim and not party.collateral.rims:
             return Skip("NO_RIM", f"no reference values; NVIDIA publishes them as {rim_id}")
@@ -213,11 +213,16 @@ def _rim(case: Case, source: Source, version: str | None, rim_id: str) -> str | 
 
 def _require_product(rim: Rim, facts: DeviceFacts) -> None:
     """NVIDIA's service answers the wrong question with a validly signed manifest for another chip."""
-    reported = facts.fields.chip if isinstance(facts.fields, GpuFields) else None
-    names = {facts.identity.chip.replace("_", ""), *([] if reported is None else [reported])}
+    names = _products(facts)
     if rim.product not in names:
         listed = " or ".join(sorted(names))
         raise HostileInput("RIM_PRODUCT_MISMATCH", f"values for {rim.product}, and the device is a {listed}")
+
+
+def _products(facts: DeviceFacts) -> set[str]:
+    """Names under which reference values may be for this chip."""
+    reported = facts.fields.chip if isinstance(facts.fields, GpuFields) else None
+    return {facts.identity.chip.replace("_", ""), *([] if reported is None else [reported])}
 
 
 def _judge_rim_revocation(case: Case) -> str | Skip:
