@@ -33,9 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
     party = GpuParty(
         at=parse_time(arguments.at),
         nonce=None if arguments.nonce is None else parse_hex(arguments.nonce, "--nonce"),
-        device_roots=_roots(arguments.device_root, NVIDIA_DEVICE_ROOTS),
-        rim_roots=_roots(arguments.rim_root, NVIDIA_RIM_ROOTS),
-        collateral=_own(lambda: _collateral(arguments)),
+        device_roots=roots_of(arguments.device_root, NVIDIA_DEVICE_ROOTS),
+        rim_roots=roots_of(arguments.rim_root, NVIDIA_RIM_ROOTS),
+        collateral=own(lambda: _collateral(arguments)),
         floors=Floors(arguments.min_driver, arguments.min_vbios, arguments.min_switch_bios),
         architecture=None if arguments.arch is None else Architecture(arguments.arch),
         allow_no_rim=arguments.allow_no_rim,
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         require_fwid=arguments.require_fwid,
     )
     try:
-        evidence = _evidence(arguments)
+        evidence = evidence_of(arguments)
         result = verify_devices(evidence, party, expected_gpus=arguments.gpus)
     except HostileInput as error:
         if arguments.json:
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     return output.EXIT_PASS if result.accepted else output.EXIT_REFUSED
 
 
-def _own(load: Callable[[], T]) -> T:
+def own(load: Callable[[], T]) -> T:
     """What the judge himself brings along is wrong: that is a bad argument, and says nothing of the evidence."""
     try:
         return load()
@@ -69,10 +69,11 @@ def _own(load: Callable[[], T]) -> T:
         raise Misuse(error.slug, error.message) from error
 
 
-def _roots(path: Path | None, default: PinnedRoots) -> PinnedRoots:
+def roots_of(path: Path | None, default: PinnedRoots) -> PinnedRoots:
+    """The roots that an option names. Raises ``Misuse``."""
     if path is None:
         return default
-    return _own(lambda: PinnedRoots.of(load_trusted(read_file(path, 1 << 20))))
+    return own(lambda: PinnedRoots.of(load_trusted(read_file(path, 1 << 20))))
 
 
 def _collateral(arguments: argparse.Namespace) -> Collateral:
@@ -88,7 +89,8 @@ def _collateral(arguments: argparse.Namespace) -> Collateral:
     )
 
 
-def _evidence(arguments: argparse.Namespace) -> list[DeviceEvidence]:
+def evidence_of(arguments: argparse.Namespace) -> list[DeviceEvidence]:
+    """What ``--report`` and ``--chain``, or ``--evidence`` hold. Raises ``Misuse``, and as ``parse_evidence``."""
     if arguments.evidence:
         if arguments.report is not None or arguments.chain is not None:
             raise Misuse("BAD_ARGUMENT", "--evidence holds reports and chains: give no others")

@@ -28,11 +28,14 @@ from cgpu_agent.verifier.rim import verify_rim
 from cgpu_agent.verifier.verdict import Check, Skip, Steps
 from cgpu_agent.wire.nvidia import GpuFields, SwitchFields, parse_gpu, parse_switch
 from cgpu_agent.wire.rim import Rim
+from cgpu_agent.wire.rimservice import same_chip
 from cgpu_agent.wire.spdm import parse_report
 
 _NEWEST_LAYOUT: Final = 1
-_CHECKED_IN_DEVICE_CHAIN: Final = (1, 2, 3)  # the leaf is the device's own work, and nobody revokes a root
-_CHECKED_IN_RIM_CHAIN: Final = (0, 1, 2)
+CHECKED_IN_DEVICE_CHAIN: Final = (1, 2, 3)
+"""Positions whose revocation counts: the leaf is the device's own work, and nobody revokes a root."""
+CHECKED_IN_RIM_CHAIN: Final = (0, 1, 2)
+"""The same of a manifest's signer."""
 
 
 def _judge_verifiable(case: Case) -> str:
@@ -63,7 +66,7 @@ def _judge_architecture(case: Case) -> str:
 
 
 def _judge_revocation(case: Case) -> str | Skip:
-    return _revocation(case, "device", case.chain_path, _CHECKED_IN_DEVICE_CHAIN, allow_hold=False)
+    return _revocation(case, "device", case.chain_path, CHECKED_IN_DEVICE_CHAIN, allow_hold=False)
 
 
 def _revocation(case: Case, name: str, path: PinnedPath, positions: Sequence[int], *, allow_hold: bool) -> str | Skip:
@@ -134,9 +137,7 @@ def _judge_fields(case: Case) -> str:
 
 
 def _require_chip(reported: str, certified: str) -> None:
-    """GB202 is certified as GB20X."""
-    same = len(reported) == len(certified) and all(b in (a, "X") for a, b in zip(reported, certified, strict=True))
-    if not same:
+    if not same_chip(reported, certified):
         raise HostileInput(
             "ARCHITECTURE_MISMATCH", f"the report is of a {reported}, the certificate of a {certified}"
         )
@@ -227,7 +228,7 @@ def _products(facts: DeviceFacts) -> set[str]:
 
 def _judge_rim_revocation(case: Case) -> str | Skip:
     words = [
-        _revocation(case, source, judged.verified.path, _CHECKED_IN_RIM_CHAIN, allow_hold=case.party.allow_rim_hold)
+        _revocation(case, source, judged.verified.path, CHECKED_IN_RIM_CHAIN, allow_hold=case.party.allow_rim_hold)
         for source, judged in case.rims.items()
         if judged.verified is not None
     ]
