@@ -404,8 +404,9 @@ HOSTILE_OCSP: dict[str, tuple[dict[str, object], str]] = {
     "another nonce": ({"nonce": bytes(32)}, "OCSP_NONCE"),
     "no nonce": ({"nonce": None}, "OCSP_NONCE"),
     "another certificate": ({"serial": True}, "OCSP_NO_ANSWER"),
-    "expired": ({"times": LONG_AGO}, "OCSP_NO_ANSWER"),
-    "from the future": ({"times": AHEAD}, "OCSP_NO_ANSWER"),
+    "expired": ({"life": LONG_AGO}, "OCSP_NO_ANSWER"),
+    "from the future": ({"life": AHEAD}, "OCSP_NO_ANSWER"),
+    "of more than was asked": ({"times": 2}, "OCSP_NO_ANSWER"),
     "of a stranger": ({"signer": STRANGER}, "BAD_OCSP"),
     "of the device's own key": ({"signer": GPU.leaf}, "BAD_OCSP"),
 }
