@@ -71,8 +71,7 @@ class Fetcher:
 
     def _device(self, name: str, evidence: DeviceEvidence) -> Item:
         """Ask for nothing in the name of a device that did not sign: chain and signature come first."""
-        party = GpuParty(at=self.at, device_roots=self.device_roots, rim_roots=self.rim_roots, allow_no_rim=True)
-        result = verify_device(evidence, party)
+        result = verify_device(evidence, GpuParty(at=self.at, device_roots=self.device_roots))
         if result.facts is None:
             refusal = result.refusal
             if refusal is None:

@@ -142,7 +142,11 @@ def _ocsp(name: str, data: bytes, at: datetime) -> Entry:
     except (ValueError, TypeError) as error:
         raise HostileInput("BAD_OCSP", "an OCSP response with unreadable content") from error
     until = None if None in ends else min(end for end in ends if end is not None)
-    return Entry(name, "ocsp", _freshness(since, until, at), about, since, until)
+    entry = Entry(name, "ocsp", _freshness(since, until, at), about, since, until)
+    if all(each.not_valid_after_utc >= at for each in response.certificates):
+        return entry
+    reason = ("CERTIFICATE_EXPIRED", "its signer's certificate has ended: whatever it is about is refused")
+    return replace(entry, state="refused", reason=reason)
 
 
 def _freshness(since: datetime, until: datetime | None, at: datetime) -> State:

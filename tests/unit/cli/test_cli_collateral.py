@@ -22,7 +22,7 @@ from fixtures.ctl import PASS, REFUSED, USAGE, Ctl, Ran
 from fixtures.gpu import DRIVER, NONCE, VBIOS, Device
 from fixtures.gpujudge import GPU, OTHER, SWITCH, VENDOR
 from fixtures.gpupki import Signer, pem
-from fixtures.gpurevocation import crl, ocsp_response
+from fixtures.gpurevocation import RESPONDER_EXTENSIONS, crl, ocsp_response
 from fixtures.nvidiaservices import Services, running_services
 from fixtures.pki import NOW
 
@@ -233,6 +233,15 @@ def test_names_files_that_the_agent_would_not_take(store: Store) -> None:
     told = store("list")
     assert "\x1b" not in told.out
     assert "Traceback" not in told.err
+
+
+def test_names_an_answer_that_would_refuse_what_it_is_about(store: Store) -> None:
+    brief = PROVISIONER.issue("brief", RESPONDER_EXTENSIONS, not_after=NOW + timedelta(days=3))
+    store.bring(DRIVER_RIM, VBIOS_RIM, ocsp_response(BOOT_ROM.certificate, PROVISIONER, responder=brief))
+    assert [each["state"] for each in store.listed("2026-06-04T11:00:00Z") if each["kind"] == "ocsp"] == ["stale"]
+    late = "2026-06-04T13:00:00Z"
+    assert [each["state"] for each in store.listed(late) if each["kind"] == "ocsp"] == ["refused"]
+    assert judge(store, "--at", late).json["reason"]["slug"] == "CERTIFICATE_EXPIRED"
 
 
 def test_a_store_that_is_not_there_is_empty(store: Store) -> None:
