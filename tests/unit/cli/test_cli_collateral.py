@@ -366,7 +366,7 @@ def test_no_status_but_200_counts_and_no_redirect_is_followed(store: Store, serv
 
 def test_an_answer_in_drops_ends_in_time(store: Store, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte comes well within a socket's timeout, and all of them would take hours."""
-    monkeypatch.setattr(https, "SECONDS", 1)
+    monkeypatch.setattr(https, "SECONDS", 3)
     services.drip = 0.2
     ran = fetch(store, services, "--rim-id", DRIVER_ID, "--rim-id", VBIOS_ID)
     assert ran.code == REFUSED
