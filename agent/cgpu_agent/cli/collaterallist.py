@@ -137,11 +137,11 @@ def _ocsp(name: str, data: bytes, at: datetime) -> Entry:
     try:
         singles = list(response.responses)
         about = tuple(f"{each.serial_number:x} {each.certificate_status.name.lower()}" for each in singles)
-        since = max(each.this_update_utc for each in singles)
-        ends = [each.next_update_utc for each in singles]
+        since = max((each.this_update_utc for each in singles), default=response.produced_at_utc)
+        ends = [each.next_update_utc for each in singles if each.next_update_utc is not None]
     except (ValueError, TypeError) as error:
         raise HostileInput("BAD_OCSP", "an OCSP response with unreadable content") from error
-    until = None if None in ends else min(end for end in ends if end is not None)
+    until = min(ends) if ends and len(ends) == len(singles) else None
     entry = Entry(name, "ocsp", _freshness(since, until, at), about, since, until)
     if all(each.not_valid_after_utc >= at for each in response.certificates):
         return entry

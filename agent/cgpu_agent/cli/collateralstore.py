@@ -117,10 +117,10 @@ class Store:
         for path in self._of_kind("ocsp"):
             try:
                 others = list(load_ocsp(read_bounded(path)).responses)
-                obsolete = path != kept[0] and all(_replaces(newest, each) for each in others)
+                about_it = bool(others) and all(_replaces(newest, each) for each in others)
             except (AgentError, ValueError, TypeError):
                 continue
-            if obsolete:
+            if about_it and path != kept[0]:
                 path.unlink(missing_ok=True)
         return kept
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import ocsp
 
 from cgpu_agent.cli import https
 from cgpu_agent.cli.parser import DEFAULT_COLLATERAL
@@ -22,7 +23,7 @@ from fixtures.ctl import PASS, REFUSED, USAGE, Ctl, Ran
 from fixtures.gpu import DRIVER, NONCE, VBIOS, Device
 from fixtures.gpujudge import GPU, OTHER, SWITCH, VENDOR
 from fixtures.gpupki import Signer, pem
-from fixtures.gpurevocation import RESPONDER_EXTENSIONS, crl, ocsp_response
+from fixtures.gpurevocation import RESPONDER_EXTENSIONS, crl, edited_ocsp, ocsp_response
 from fixtures.nvidiaservices import Services, running_services
 from fixtures.pki import NOW
 
@@ -466,12 +467,15 @@ def test_a_revocation_is_kept_and_told(store: Store, services: Services) -> None
 
 
 def test_newer_answers_replace_older_ones_about_their_certificate_alone(store: Store, services: Services) -> None:
-    store.bring(ocsp_response(OTHER.signers[1].certificate, OTHER.signers[2]), GOOD)
+    says_nothing = edited_ocsp(ocsp.load_der_ocsp_response(GOOD), PROVISIONER, times=0)
+    store.bring(ocsp_response(OTHER.signers[1].certificate, OTHER.signers[2]), GOOD, says_nothing)
     fetch(store, services, *listed(store, GPU))
     before = set(store.names)
     fetch(store, services, *listed(store, GPU))
     assert len(store.names) == len(before)
     assert GOOD not in store.contents
+    assert says_nothing in store.contents
+    assert [each["state"] for each in store.listed() if not each["about"]] == ["stale"]
     kept = [
         each for each in store.listed() if f"{OTHER.signers[1].certificate.serial_number:x} good" in each["about"]
     ]
