@@ -21,7 +21,8 @@ from pathlib import Path
 
 import grpc
 from domain import group_commit
-from lanes import gpus
+from gpus import gpus
+from lanes import gpus_in_bundles
 from offline import offline
 from online import SLOW_QUOTE_SECONDS, World, evidence, front_door, in_turns, one_bundle, quotes, running
 from ratios import Pair, show
@@ -39,11 +40,16 @@ class Effort:
     quote_calls: int
     evidence_seconds: float
     offline_seconds: float
+    gpu_times: int
     starts: int
 
 
-FULL = Effort(rounds=7, door_calls=400, quote_calls=8, evidence_seconds=0.6, offline_seconds=0.4, starts=4)
-QUICK = Effort(rounds=3, door_calls=150, quote_calls=4, evidence_seconds=0.2, offline_seconds=0.1, starts=1)
+FULL = Effort(
+    rounds=7, door_calls=400, quote_calls=8, evidence_seconds=0.6, offline_seconds=0.4, gpu_times=24, starts=4
+)
+QUICK = Effort(
+    rounds=3, door_calls=150, quote_calls=4, evidence_seconds=0.2, offline_seconds=0.1, gpu_times=8, starts=1
+)
 
 
 def memory(world: World) -> list[Pair]:
@@ -89,10 +95,14 @@ def measure(world: World, home: Path, effort: Effort, say: Callable[[str], None]
     found["evidence"] = evidence(world, rounds=effort.rounds // 2, seconds=effort.evidence_seconds)
     say("group commit")
     found["group commit"] = group_commit(home, rounds=effort.rounds // 2)
-    say("GPUs")
-    found["GPUs"] = gpus(rounds=effort.rounds // 2, seconds=effort.offline_seconds)
+    say("GPUs in bundles")
+    found["GPUs in bundles"] = gpus_in_bundles(rounds=effort.rounds // 2, seconds=effort.offline_seconds)
     say("verification")
     found["verification"] = offline(one_bundle(world), rounds=effort.rounds // 2, seconds=effort.offline_seconds)
+    say("GPUs")
+    found["GPUs"], lacking = gpus(rounds=effort.rounds // 2, times=effort.gpu_times)
+    if lacking:
+        print(f"GPUs: {lacking}", file=sys.stderr)
     say("start")
     found["start"] = cold_start(world, effort.starts)
     return found

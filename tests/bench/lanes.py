@@ -23,7 +23,7 @@ def _bundle(count: int) -> bytes:
     return asking(answer) if count else asking(None, "boot")
 
 
-def gpus(*, rounds: int, seconds: float) -> list[Pair]:
+def gpus_in_bundles(*, rounds: int, seconds: float) -> list[Pair]:
     """One core, reference values parsed beforehand and verified for every device anew."""
     bundles = {count: _bundle(count) for count in (0, 1, 8)}
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from cgpu_agent import __version__
 
 DEFAULT_AUDIENCE = "local"
+DEFAULT_COLLATERAL = "/etc/cgpu-agent/collateral"
+"""As ``gpu.collateral`` in the agent's configuration."""
 _ARCHITECTURES = ("hopper", "blackwell", "ls10", "ampere")
 _BANKS = ("sha1", "sha256", "sha384", "sha512")
 
@@ -32,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     _eventlog(commands)
     _quote(commands)
     _gpu(commands)
+    _collateral(commands)
     _platform(commands)
     _ak(commands)
     _policy(commands)
@@ -250,6 +253,7 @@ def _gpu_demands(parser: argparse._ActionsContainer) -> None:
     """What a judge demands of GPUs, and brings along."""
     files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
     parser.add_argument("--gpus", type=int, metavar="COUNT", help="how many GPUs there must be")
+    parser.add_argument("--collateral", type=Path, metavar="DIR", help="use this store (cgpuctl collateral)")
     parser.add_argument("--rim", help="NVIDIA's reference values: signed XML", **files)  # type: ignore[arg-type]
     parser.add_argument("--crl", help="certificate revocation list (DER or PEM)", **files)  # type: ignore[arg-type]
     parser.add_argument("--ocsp", help="OCSP response (DER)", **files)  # type: ignore[arg-type]
@@ -303,6 +307,65 @@ def _gpu(commands: _Commands[argparse.ArgumentParser]) -> None:
     _json(form)
     form.add_argument("--eat", action="store_true", help="print claims as in NVIDIA's tokens, unsigned")
     parser.set_defaults(module="gpu")
+
+
+def _collateral(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser(
+        "collateral",
+        help="an offline store of reference values and revocation data",
+        description="A directory of reference values (RIM), CRLs and OCSP responses, as the agent and "
+        "cgpuctl gpu verify --collateral read it.",
+    )
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    fetch = verbs.add_parser(
+        "fetch",
+        help="get what GPUs need from NVIDIA's services",
+        description="Get the reference values that devices name, or those named here, and the OCSP status of all "
+        "certificates involved. Only what verifies is kept. Exit status: 0 all there, 1 otherwise.",
+    )
+    fetch.add_argument("--report", type=Path, metavar="FILE", help="one device's report, hex or raw bytes")
+    fetch.add_argument("--chain", type=Path, metavar="FILE", help="its five certificates (PEM, leaf first)")
+    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
+    fetch.add_argument("--evidence", help="NVIDIA's JSON list of devices", **files)  # type: ignore[arg-type]
+    fetch.add_argument("--rim-id", action="append", default=[], metavar="ID", help="a RIM, by NVIDIA's name for it")
+    fetch.add_argument(
+        "--rim-url",
+        default="https://rim.attestation.nvidia.com",
+        metavar="URL",
+        help="the RIM service (default: NVIDIA's)",
+    )
+    fetch.add_argument(
+        "--ocsp-url",
+        default="https://ocsp.ndis.nvidia.com",
+        metavar="URL",
+        help="the OCSP responder (default: NVIDIA's)",
+    )
+    fetch.add_argument("--device-root", type=Path, metavar="FILE", help="trust this root instead of NVIDIA's")
+    bring = verbs.add_parser(
+        "import",
+        help="put files into the store",
+        description="Put RIMs (XML, or the RIM service's JSON), CRLs and OCSP responses into the store. A RIM must "
+        "verify, and be no older issue than one that is there. Exit status: 0 all there, 1 otherwise.",
+    )
+    bring.add_argument("file", type=Path, nargs="+", metavar="FILE", help="a file; its content says what it is")
+    shown = verbs.add_parser(
+        "list",
+        help="say what is in the store",
+        description="Say what is in the store, until when it is good, and which files the agent would refuse. "
+        "Exit status: 0 no file is broken or refused, 1 otherwise.",
+    )
+    for parser in (fetch, bring, shown):
+        parser.add_argument(
+            "--store",
+            type=Path,
+            default=Path(DEFAULT_COLLATERAL),
+            metavar="DIR",
+            help=f"the store (default: {DEFAULT_COLLATERAL})",
+        )
+        parser.add_argument("--rim-root", type=Path, metavar="FILE", help="trust this root for RIMs, not NVIDIA's")
+        parser.add_argument("--at", metavar="RFC3339", help="judge at this time (default: now)")
+        _json(parser)
+        parser.set_defaults(module="collateral")
 
 
 def _platform(commands: _Commands[argparse.ArgumentParser]) -> None:

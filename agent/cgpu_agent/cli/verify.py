@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from cgpu_agent.verifier.gpucase import DeviceResult, GpuParty
 
 _GPU_OPTIONS: Final = (
-    *("rim", "crl", "ocsp", "max_age", "device_root", "rim_root", "min_driver", "min_vbios", "min_switch_bios"),
+    *("collateral", "rim", "crl", "ocsp", "max_age", "device_root", "rim_root"),
+    *("min_driver", "min_vbios", "min_switch_bios"),
     *("require_revocation", "require_fwid", "allow_no_rim", "allow_rim_hold"),
 )
 
