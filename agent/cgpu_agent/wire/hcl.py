@@ -18,6 +18,12 @@ from cgpu_agent.wire.reader import Reader
 from cgpu_agent.wire.snp import REPORT_SIZE as SNP_SIZE
 from cgpu_agent.wire.tdx import TDREPORT_SIZE
 
+REPORT_INDEX: Final = 0x01400001
+"""NV index of the report; Trusted Launch has none."""
+USER_DATA_INDEX: Final = 0x01400002
+"""NV index of the guest's 64 bytes for the next report."""
+AK_CERTIFICATE_INDEX: Final = 0x01C101D0
+"""NV index of the platform AK's certificate, on every Azure VM with a vTPM."""
 MAGIC: Final = b"HCLA"
 MAX_HCL: Final = 4096
 """Bytes of the NV index, zero tail included; 2600 and 2048 are in use."""
