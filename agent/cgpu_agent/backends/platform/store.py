@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from cgpu_agent.errors import HostileInput
-from cgpu_agent.wire.der import pem_blocks, trim_der
+from cgpu_agent.wire.der import certificates_of_pem
 
 CERTIFICATES: Final = "amd.pem"
 """VCEK or VLEK, its CA and AMD's root (PEM, in any order)."""
@@ -17,7 +17,7 @@ MAX_FILE: Final = 64 << 10
 class PlatformStore:
     """A directory with the files above, read again at each use: they change with the processor's firmware.
 
-    Methods raise ``HostileInput``: ``UNREADABLE``, ``TOO_LARGE``, ``WRONG_TYPE``, and what ``wire.der`` raises.
+    Methods raise ``HostileInput``: ``UNREADABLE``, ``TOO_LARGE``, and what ``wire.der`` raises.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,11 +42,3 @@ class PlatformStore:
         if len(data) > MAX_FILE:
             raise HostileInput("TOO_LARGE", f"{name} has more than {MAX_FILE} bytes")
         return data
-
-
-def certificates_of_pem(data: bytes) -> tuple[bytes, ...]:
-    """DER of each block; all must be certificates. Raises ``HostileInput``."""
-    blocks = pem_blocks(data)
-    if any(label != "CERTIFICATE" for label, _ in blocks):
-        raise HostileInput("WRONG_TYPE", "PEM: a block is not a certificate")
-    return tuple(trim_der(content) for _, content in blocks)
