@@ -15,6 +15,7 @@ from cgpu_agent.domain.boot import MeasuredBoot
 from cgpu_agent.domain.evidence import Evidence
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.keys import Keys, establish, with_certificate
+from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.policy import Facts
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import AgentError, DeviceFault, Unavailable
@@ -87,6 +88,7 @@ class Core:
     audit: AuditLog | None = None
     audit_problem: AgentError | None = None
     """Why no audit log is kept; then nothing happens that needs its record."""
+    platform: PlatformBelow | None = None
     gpus: GpuSessions | None = None
     """``None`` where nothing looks at GPUs."""
     _boot: MeasuredBoot | None = None
