@@ -309,6 +309,41 @@ def _platform(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--at", metavar="RFC3339", help="judge certificates at this time (default: now)")
     _json(parser)
     parser.set_defaults(module="platform")
+    _this_platform(verbs)
+
+
+def _this_platform(verbs: _Commands[argparse.ArgumentParser]) -> None:
+    show = verbs.add_parser(
+        "show",
+        help="what this VM says of its platform",
+        description="Show what the platform below this VM's vTPM says of itself, by the agent. Not evidence: have it "
+        "judged by cgpuctl platform verify.",
+    )
+    show.add_argument("--out", type=Path, metavar="DIR", help="write the files that platform verify takes")
+    _socket(show, "the agent's socket", "CGPU_AGENT_SOCKET")
+    _json(show)
+    show.set_defaults(module="thisplatform")
+    fetch = verbs.add_parser(
+        "fetch",
+        help="get AMD's certificates, or a TD quote, for the agent",
+        description="Get what the agent, which has no network, needs of Azure's metadata service: AMD's certificates "
+        "of this processor, or a TD quote over its report. Run it in the VM, as root.",
+    )
+    fetch.add_argument(
+        "--store",
+        type=Path,
+        default=Path("/etc/cgpu-agent/platform"),
+        metavar="DIR",
+        help="where the agent looks (platform.collateral; default: /etc/cgpu-agent/platform)",
+    )
+    fetch.add_argument(
+        "--metadata-service",
+        default="http://169.254.169.254",
+        metavar="URL",
+        help="the service (default: http://169.254.169.254)",
+    )
+    _socket(fetch, "the agent's socket", "CGPU_AGENT_SOCKET")
+    fetch.set_defaults(module="thisplatform")
 
 
 def _ak(commands: _Commands[argparse.ArgumentParser]) -> None:
