@@ -309,7 +309,28 @@ def _platform(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--at", metavar="RFC3339", help="judge certificates at this time (default: now)")
     _json(parser)
     parser.set_defaults(module="platform")
+    _platform_token(verbs)
     _this_platform(verbs)
+
+
+def _platform_token(verbs: _Commands[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser(
+        "token",
+        help="judge a token of Microsoft's attestation service",
+        description="Judge a token of Azure Attestation (MAA) offline, by the key set of the service that you trust. "
+        "Exit status: 0 somebody vouches for the vTPM, by that service's word; 1 nobody or refused.",
+    )
+    parser.add_argument("--token", type=Path, required=True, metavar="FILE", help="the token; - for standard input")
+    parser.add_argument(
+        "--jwks", type=Path, required=True, metavar="FILE", help="the service's key set, of URL/certs"
+    )
+    parser.add_argument(
+        "--issuer", action="append", required=True, metavar="URL", help="a service that you trust, as a whole URL"
+    )
+    parser.add_argument("--nonce", metavar="HEX", help="the nonce of the client payload")
+    parser.add_argument("--at", metavar="RFC3339", help="judge at this time (default: now)")
+    _json(parser)
+    parser.set_defaults(module="maa")
 
 
 def _this_platform(verbs: _Commands[argparse.ArgumentParser]) -> None:
