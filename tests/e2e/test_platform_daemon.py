@@ -126,14 +126,17 @@ def test_what_the_host_answers_is_checked_before_it_is_kept(ctl: Ctl, answer: by
 
 def test_trusted_launch_needs_nothing_and_shows_its_certificate(ctl: Ctl, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "report.bin").write_bytes(b"of an earlier run")
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "report.bin").write_bytes(b"of another VM")
     with azure_daemon(tee=None) as (agent, _):
         socket = ["--socket", agent.socket]
+        mixed = ctl("platform", "show", *socket, "--out", str(old))
         shown = ctl("platform", "show", *socket, "--out", str(out), "--json").json
         fetched = ctl("platform", "fetch", *socket, "--store", str(tmp_path / "store"))
     assert (shown["kind"], shown["reported"]) == ("azure-trusted-launch", None)
     assert "NOTHING_TO_FETCH" in fetched.err
+    assert (mixed.code, "another report" in mixed.err) == (USAGE, True)
     assert judged(out).endorsed_by == "azure-trusted-launch"
 
 

@@ -6,6 +6,7 @@ import base64
 import json
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from typing import Final
 
 from cgpu_agent.cli.https import NoRedirect
@@ -52,5 +53,5 @@ class MetadataService:
         except urllib.error.HTTPError as error:
             error.close()
             raise Unavailable("NO_METADATA", f"{self._url}{path} answers with HTTP status {error.code}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise Unavailable("NO_METADATA", f"{self._url} does not answer: is this an Azure VM?") from error

@@ -67,10 +67,10 @@ def save(found: Platform, folder: Path) -> None:
         "ak-certificate.der": found.platform_ak_certificate,
     }
     for name, data in files.items():
-        if data is None:
-            (folder / name).unlink(missing_ok=True)  # of an earlier run: it is not about this report
-        else:
+        if data is not None:
             write_whole(folder / name, data)
+        elif (folder / name).exists():
+            raise Misuse("CANNOT_WRITE", f"{folder / name} is of another report: give an empty directory")
 
 
 def document(found: Platform) -> dict[str, object]:

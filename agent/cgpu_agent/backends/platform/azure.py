@@ -35,7 +35,11 @@ _READS: Final = 5
 _WRITES: Final = 4
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 0.5
-_REFUSED_WRITE: Final = frozenset({"TPM_AUTH", "TPM_ERROR", "TPM_NV_FULL"})
+_PATIENCE: Final = 10.0
+"""Seconds for a new report, at most; public clients wait three."""
+_RESIGNATION: Final = 60.0
+"""Seconds without another attempt after one that failed: all evidence waits for them."""
+_REFUSED_WRITE: Final = frozenset({"TPM_AUTH", "TPM_BUSY", "TPM_ERROR", "TPM_NV_FULL"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +69,12 @@ class AzureCvm:
         self._store: Final = store
         self._quoter: Final = quoter
         self._turn: Final = asyncio.Lock()
+        self._resigned: tuple[float, str] | None = None
 
     async def report(self, user_data: bytes | None, *, timeout: float) -> PlatformReport:
         if user_data is not None and len(user_data) != 64:
             raise Misuse("BAD_USER_DATA", "a platform report binds 64 bytes")
         deadline = time.monotonic() + timeout
-        try:
-            await asyncio.wait_for(self._turn.acquire(), timeout)
-        except asyncio.TimeoutError:
-            raise timed_out() from None
-        try:
-            return await self._report(user_data, deadline)
-        finally:
-            self._turn.release()
-
-    async def _report(self, user_data: bytes | None, deadline: float) -> PlatformReport:
         missing: list[tuple[str, str]] = []
         stale = None
         if user_data is None:
@@ -87,7 +82,7 @@ class AzureCvm:
         elif self.kind == "azure-cvm-tdx" and self._quoter is None:
             reading, stale = await self._read(deadline), "a new TD report would need a new TD quote"
         else:
-            reading, stale = await self._renewed(user_data, deadline)
+            reading, stale = await self._renewed_in_turn(user_data, deadline)
         if stale is not None:
             missing.append(("platform-freshness", stale))
         certificates: tuple[bytes, ...] = ()
@@ -122,6 +117,22 @@ class AzureCvm:
         if parse_td_quote(quote).body.report_data != parse_tdreport(tdreport).report_data:
             raise HostileInput("QUOTE_MISMATCH", "the TD quote is about another report: fetch it again")
         return quote
+
+    async def _renewed_in_turn(self, user_data: bytes, deadline: float) -> tuple[_Reading, str | None]:
+        """``_renewed``, one at a time, and after a failure not at all for a while."""
+        try:
+            await asyncio.wait_for(self._turn.acquire(), deadline - time.monotonic())
+        except asyncio.TimeoutError:
+            raise timed_out() from None
+        try:
+            now = time.monotonic()
+            if self._resigned is not None and now < self._resigned[0]:
+                return await self._read(deadline), self._resigned[1]
+            reading, stale = await self._renewed(user_data, min(deadline, now + _PATIENCE))
+            self._resigned = None if stale is None else (time.monotonic() + _RESIGNATION, stale)
+            return reading, stale
+        finally:
+            self._turn.release()
 
     async def _renewed(self, user_data: bytes, deadline: float) -> tuple[_Reading, str | None]:
         """A report for these bytes, or the one that is there and why it is not for them."""

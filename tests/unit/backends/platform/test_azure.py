@@ -134,6 +134,22 @@ def test_a_report_that_never_comes_leaves_the_old_one_and_says_so(vm: Vm) -> Non
     assert (answer.endorsed_by, answer.platform_freshness) == ("amd-sev-snp", "boot")
 
 
+def test_after_a_failure_evidence_does_not_wait_again_for_a_while(vm: Vm) -> None:
+    async def go() -> list[PlatformReport]:
+        owner = TpmOwner(lambda: UnixPerCommand(vm._path))
+        try:
+            platform = await vm.platform(owner)
+            return [await platform.report(USER_DATA, timeout=1), await platform.report(bytes(64), timeout=20)]
+        finally:
+            owner.close()
+
+    with vm.behaving(late=None) as azure:
+        first, second = asyncio.run(go())
+    assert azure.writes == [USER_DATA], "the second did not even try"
+    assert first.missing == second.missing
+    assert second.report is not None
+
+
 def test_what_another_user_wrote_meanwhile_is_written_over(vm: Vm) -> None:
     with vm.behaving(rivals=2) as azure:
         found = vm.report()
@@ -202,8 +218,10 @@ def test_a_caller_does_not_wait_for_his_turn_longer_than_he_said(vm: Vm) -> None
             first = asyncio.create_task(platform.report(USER_DATA, timeout=3))
             await asyncio.sleep(0.2)
             with pytest.raises(DeviceFault) as caught:
-                await platform.report(None, timeout=0.2)
+                await platform.report(batch_user_data(bytes(32)), timeout=0.2)
             assert caught.value.slug == "TPM_TIMEOUT"
+            assert (await platform.report(None, timeout=20)).report is not None, "looking takes no turn"
+            assert not first.done()
             await first
         finally:
             owner.close()
