@@ -46,7 +46,6 @@ def test_certificates_and_quotes_come_back() -> None:
         b"",
         b"garbage\r\n\r\n",
         b"HTTP/1.1 500 No\r\n\r\n",
-        b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\n\r\n",
         b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
@@ -55,6 +54,13 @@ def test_what_is_no_service_is_said(data: bytes) -> None:
     with answering(data) as url, pytest.raises(Unavailable) as caught:
         MetadataService(url).certification()
     assert caught.value.slug == "NO_METADATA"
+
+
+def test_is_sent_nowhere_else() -> None:
+    with metadata_service() as elsewhere:
+        there = f"HTTP/1.1 302 Found\r\nLocation: {elsewhere}/metadata/THIM/amd/certification\r\n\r\n"
+        with answering(there.encode()) as url, pytest.raises(Unavailable):
+            MetadataService(url).certification()
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"x" * (1 << 20)])

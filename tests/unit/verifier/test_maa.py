@@ -200,7 +200,6 @@ GOOD = token()
         GOOD.replace(b".", b"..", 1),
         GOOD.rpartition(b".")[0],
         b"\xff" + GOOD,
-        b"A" * (MAX_TOKEN + 1),
         sign(b"[]", json.dumps(CLAIMS).encode()),
         sign(json.dumps(HEADER).encode(), b"[]"),
         sign(json.dumps(HEADER).encode(), b'{"exp": 1.5}'),
@@ -210,6 +209,10 @@ def test_refuses_what_is_no_token(made: bytes) -> None:
     answer = refused(judge(made))
     assert answer is not None
     assert answer[0] == "maa.format"
+
+
+def test_refuses_a_token_too_large_to_be_one() -> None:
+    assert refused(judge(GOOD + b"A" * MAX_TOKEN)) == ("maa.format", "TOO_LARGE")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_quote_with_or_without_padding(quote: bytes) -> None:
         assert parse_quote_answer(json.dumps({"quote": form}).encode(), 100) == quote
 
 
-@pytest.mark.parametrize("quote", [None, 7, "+/+/", "A", "AB", "AAAA\n", "é", "A" * 200])
+@pytest.mark.parametrize("quote", [None, 7, "+/+/", "A", "AB", "AAAA\n", "é", "A" * 136, "A" * 200])
 def test_refuses_a_quote_that_is_none(quote: object) -> None:
     with pytest.raises(HostileInput):
         parse_quote_answer(json.dumps({"quote": quote}).encode(), 100)
