@@ -91,17 +91,25 @@ class Tsm:
         if user_data is not None and len(user_data) != 64:
             raise Misuse("BAD_USER_DATA", "a platform report binds 64 bytes")
         data = bytes(64) if user_data is None else user_data
-        report, certificates = await self._worker.run(lambda _: self._ask(data), timeout=timeout)
+        report, table = await self._worker.run(lambda _: self._ask(data), timeout=timeout)
         missing = [("platform-claims", "a bare report names no vTPM")]
-        if self.kind == "tsm-snp" and not certificates:
-            missing.append(("platform-certificates", "the host gave none"))
+        certificates: tuple[bytes, ...] = ()
+        if self.kind == "tsm-snp":
+            reason = "the host gave none"
+            try:
+                certificates = parse_certificate_table(table)
+            except HostileInput as error:
+                reason = error.message
+            if not certificates:
+                missing.append(("platform-certificates", reason))
         return PlatformReport(self.kind, report, certificates, fresh=user_data is not None, missing=tuple(missing))
 
     def close(self) -> None:
         """Stop the thread. Idempotent."""
         self._worker.close()
 
-    def _ask(self, user_data: bytes) -> tuple[bytes, tuple[bytes, ...]]:
+    def _ask(self, user_data: bytes) -> tuple[bytes, bytes]:
+        """The report for these bytes, and what the host put beside it."""
         for _ in range(_ATTEMPTS):
             with _request(self._requests) as name:
                 found = self._ask_once(name, user_data)
@@ -109,10 +117,9 @@ class Tsm:
                 break
         else:
             raise DeviceFault("TSM_ERROR", "others kept writing to our request for a report", retry_after=1.0)
-        report, table = found
-        if _BOUND[self.kind](report) != user_data:
+        if _BOUND[self.kind](found[0]) != user_data:
             raise HostileInput("REPORT_DATA_MISMATCH", "the kernel's report is for other user data")
-        return report, parse_certificate_table(table) if self.kind == "tsm-snp" else ()
+        return found
 
     def _ask_once(self, name: str, user_data: bytes) -> tuple[bytes, bytes] | None:
         """Report and auxiliary blob; ``None`` where somebody else wrote to the request meanwhile."""

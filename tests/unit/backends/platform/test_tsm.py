@@ -104,8 +104,14 @@ def test_an_oversized_report_is_not_read_to_its_end() -> None:
     assert refusal(EmulatedTsm(lambda _: bytes(1 << 24))).slug == "TOO_LARGE"
 
 
-def test_a_broken_certificate_table_is_refused() -> None:
-    assert isinstance(refusal(EmulatedTsm(signed, auxblob=b"\1" * 30)), HostileInput)
+def test_a_broken_certificate_table_is_left_out_and_said() -> None:
+    found = report(EmulatedTsm(signed, auxblob=b"\1" * 30))
+    assert (found.fresh, found.certificates) == (True, ())
+    assert "certificate table" in dict(found.missing)["platform-certificates"]
+
+
+def test_an_oversized_certificate_table_is_refused() -> None:
+    assert refusal(EmulatedTsm(signed, auxblob=bytes(1 << 20))).slug == "TOO_LARGE"
 
 
 def test_a_provider_that_changes_is_refused() -> None:
