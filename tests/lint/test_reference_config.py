@@ -13,7 +13,7 @@ from cgpu_agent.daemon.config import Config
 from cgpu_agent.domain.policy import Action
 
 REFERENCE = Path(__file__).resolve().parents[2] / "systemd" / "config.toml"
-TABLES = ("sockets", "tpm", "logs", "gpu", "limits")
+TABLES = ("sockets", "tpm", "logs", "platform", "gpu", "limits")
 
 
 def load(text: str, folder: Path) -> Config:

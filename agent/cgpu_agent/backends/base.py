@@ -102,6 +102,12 @@ class TpmCommands(Protocol):
     def nv_read(self, index: int) -> bytes | None:
         """Content of an NV index (at most 16 KiB), or ``None`` when it does not exist or was never written."""
 
+    def nv_write(self, index: int, data: bytes) -> None:
+        """Write an NV index whole (1 to 1024 bytes), by the owner; it is defined where it does not exist.
+
+        One that has another size is not touched: ``TPM_ERROR``.
+        """
+
     def ek_public(self, algorithm: AkAlgorithm) -> bytes:
         """TPMT_PUBLIC of the EK of the TCG default template (persistent one if present, else recreated)."""
 
@@ -221,6 +227,49 @@ class Gpus(Protocol):
 
     def close(self) -> None:
         """Stop. Idempotent; a ready state that is still set may stay so."""
+
+
+PlatformKind = Literal["azure-trusted-launch", "azure-cvm-snp", "azure-cvm-tdx", "tsm-snp", "tsm-tdx", "plain"]
+"""What this VM looks like from inside. Not evidence: only a report is, once somebody judged it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlatformReport:
+    """What the platform below the vTPM says of itself, to be judged elsewhere.
+
+    Attributes:
+        report: an HCL report, a bare ATTESTATION_REPORT or a bare TD quote; ``None`` where there is none.
+        certificates: of AMD, DER, in any order.
+        td_quote: the TD quote over an HCL report's TDREPORT.
+        fresh: the report was made for the user data that were asked for.
+        missing: (part, reason) pairs: what a reader would expect and does not get, and why.
+    """
+
+    kind: PlatformKind
+    report: bytes | None = None
+    certificates: tuple[bytes, ...] = ()
+    td_quote: bytes | None = None
+    fresh: bool = False
+    missing: tuple[tuple[str, str], ...] = ()
+
+
+class Platform(Protocol):
+    """What stands below the vTPM. Callers are serialised by the backend."""
+
+    kind: PlatformKind
+
+    async def report(self, user_data: bytes | None, *, timeout: float) -> PlatformReport:
+        """The platform's report, made for ``user_data`` (64 bytes) where that can be; ``None``: any will do.
+
+        Where it cannot be, the report that is there: its reader is told by ``fresh`` and ``missing``.
+
+        Args:
+            timeout: seconds for all of it.
+
+        Raises:
+            DeviceFault: as ``TpmCommands``, ``TPM_TIMEOUT`` among them; ``TSM_ERROR`` from the kernel's interface.
+            HostileInput: a report that breaks its format.
+        """
 
 
 class MeasurementLogs(Protocol):

@@ -26,7 +26,7 @@ MAX_ANSWER: Final = 64 << 10
 SECONDS: Final = 30
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
+class NoRedirect(urllib.request.HTTPRedirectHandler):
     """Who is asked is what the operator said, not what an answer says."""
 
     def redirect_request(self, *_: Any) -> None:
@@ -60,7 +60,7 @@ class Service:
         self._url = url.rstrip("/")
         # Plain http stays on this machine, so a proxy has no part in it.
         proxies = [urllib.request.ProxyHandler({})] if parts.scheme == "http" else []
-        self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
+        self._opener = urllib.request.build_opener(NoRedirect, *proxies)
 
     def post(self, path: str, body: dict[str, Any]) -> Fields:
         """The answer's JSON object.

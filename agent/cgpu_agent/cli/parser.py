@@ -389,6 +389,62 @@ def _platform(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--at", metavar="RFC3339", help="judge certificates at this time (default: now)")
     _json(parser)
     parser.set_defaults(module="platform")
+    _platform_token(verbs)
+    _this_platform(verbs)
+
+
+def _platform_token(verbs: _Commands[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser(
+        "token",
+        help="judge a token of Microsoft's attestation service",
+        description="Judge a token of Azure Attestation (MAA) offline, by the key set of the service that you trust. "
+        "Exit status: 0 somebody vouches for the vTPM, by that service's word; 1 nobody or refused.",
+    )
+    parser.add_argument("--token", type=Path, required=True, metavar="FILE", help="the token; - for standard input")
+    parser.add_argument(
+        "--jwks", type=Path, required=True, metavar="FILE", help="the service's key set, of URL/certs"
+    )
+    parser.add_argument(
+        "--issuer", action="append", required=True, metavar="URL", help="a service that you trust, as a whole URL"
+    )
+    parser.add_argument("--nonce", metavar="HEX", help="the nonce of the client payload")
+    parser.add_argument("--at", metavar="RFC3339", help="judge at this time (default: now)")
+    _json(parser)
+    parser.set_defaults(module="maa")
+
+
+def _this_platform(verbs: _Commands[argparse.ArgumentParser]) -> None:
+    show = verbs.add_parser(
+        "show",
+        help="what this VM says of its platform",
+        description="Show what the platform below this VM's vTPM says of itself, by the agent. Not evidence: have it "
+        "judged by cgpuctl platform verify.",
+    )
+    show.add_argument("--out", type=Path, metavar="DIR", help="write the files that platform verify takes")
+    _socket(show, "the agent's socket", "CGPU_AGENT_SOCKET")
+    _json(show)
+    show.set_defaults(module="thisplatform")
+    fetch = verbs.add_parser(
+        "fetch",
+        help="get AMD's certificates, or a TD quote, for the agent",
+        description="Get what the agent, which has no network, needs of Azure's metadata service: AMD's certificates "
+        "of this processor, or a TD quote over its report. Run it in the VM, as root.",
+    )
+    fetch.add_argument(
+        "--store",
+        type=Path,
+        default=Path("/etc/cgpu-agent/platform"),
+        metavar="DIR",
+        help="where the agent looks (platform.collateral; default: /etc/cgpu-agent/platform)",
+    )
+    fetch.add_argument(
+        "--metadata-service",
+        default="http://169.254.169.254",
+        metavar="URL",
+        help="the service (default: http://169.254.169.254)",
+    )
+    _socket(fetch, "the agent's socket", "CGPU_AGENT_SOCKET")
+    fetch.set_defaults(module="thisplatform")
 
 
 def _ak(commands: _Commands[argparse.ArgumentParser]) -> None:

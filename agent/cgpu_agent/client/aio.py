@@ -77,6 +77,10 @@ class AsyncAgent:
         """The VM's TPM keys and certificates."""
         return await self._run(calls.get_identity())
 
+    async def get_platform(self) -> calls.Platform:
+        """What the platform below the vTPM says of itself."""
+        return await self._run(calls.get_platform())
+
     async def get_quote(self, nonce: bytes, pcrs: Sequence[int] = ()) -> calls.Quote:
         """A quote whose extraData names you and ``nonce`` (8-64 bytes); PCRs 0-15 unless given."""
         return await self._run(calls.get_quote(nonce, pcrs))

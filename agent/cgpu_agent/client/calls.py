@@ -56,6 +56,19 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
+class Platform:
+    """What the platform below the vTPM says of itself; see ``GetPlatformResponse`` in the protos."""
+
+    kind: str
+    report: bytes | None
+    certificates: tuple[bytes, ...]
+    td_quote: bytes | None
+    platform_ak: bytes
+    platform_ak_certificate: bytes | None
+    missing: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """An event that is now in the agent register and log."""
 
@@ -120,6 +133,22 @@ def _identity(answer: boot_pb.GetIdentityResponse) -> Identity:
         answer.manufacturer,
         answer.reset_count,
         answer.restart_count,
+    )
+
+
+def get_platform() -> Call[Platform]:
+    return Call("MeasuredBoot", "GetPlatform", boot_pb.GetPlatformRequest(), _platform)
+
+
+def _platform(answer: boot_pb.GetPlatformResponse) -> Platform:
+    return Platform(
+        answer.kind,
+        answer.report or None,
+        tuple(answer.certificates),
+        answer.td_quote or None,
+        answer.platform_ak,
+        answer.platform_ak_certificate or None,
+        dict(answer.missing),
     )
 
 

@@ -79,6 +79,10 @@ class Agent:
         """The VM's TPM keys and certificates."""
         return self._run(calls.get_identity())
 
+    def get_platform(self) -> calls.Platform:
+        """What the platform below the vTPM says of itself."""
+        return self._run(calls.get_platform())
+
     def get_quote(self, nonce: bytes, pcrs: Sequence[int] = ()) -> calls.Quote:
         """A quote whose extraData names you and ``nonce`` (8-64 bytes); PCRs 0-15 unless given."""
         return self._run(calls.get_quote(nonce, pcrs))

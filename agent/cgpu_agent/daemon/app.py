@@ -18,6 +18,9 @@ from cgpu_agent.backends.base import Gpus
 from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
 from cgpu_agent.backends.gpu.software.client import SoftwareGpus
 from cgpu_agent.backends.logs import SystemLogs
+from cgpu_agent.backends.platform.detect import detect
+from cgpu_agent.backends.platform.store import PlatformStore
+from cgpu_agent.backends.platform.tsm import ConfigFs
 from cgpu_agent.backends.tpm.owner import TpmOwner
 from cgpu_agent.backends.tpm.transport import open_tpm
 from cgpu_agent.backends.vmclock import vm_generation
@@ -37,6 +40,7 @@ from cgpu_agent.domain.gpujudge import GpuJudge
 from cgpu_agent.domain.gpurecord import GpuRecords
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.gpustate import Reason
+from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.policy import Policy
 from cgpu_agent.domain.quota import InFlight
 from cgpu_agent.domain.store import Store
@@ -113,6 +117,7 @@ class App:
             settings=self._settings(),
             vm_generation=vm_generation,
         )
+        self._core.platform = self._platform(config)
         self._open_audit(Path(config.state_dir))
         self._judge = load_judge(config.gpu)
         self._core.gpus = self._gpu_sessions(config)
@@ -155,6 +160,10 @@ class App:
             },
         )
         self._started = time.monotonic()
+
+    def _platform(self, config: Config) -> PlatformBelow:
+        store, seconds = PlatformStore(Path(config.platform.collateral)), float(config.tpm.request_seconds)
+        return PlatformBelow(lambda: detect(self._tpm, store, ConfigFs(), timeout=seconds), timeout=seconds)
 
     def _gpu_sessions(self, config: Config) -> GpuSessions | None:
         gpus = _open_gpus(config.gpu)
@@ -374,7 +383,7 @@ class App:
     async def _apply(self, fresh: Config, policy: Policy, judge: GpuJudge) -> None:
         fixed = [
             name
-            for name in ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "gpu", "limits")
+            for name in ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "platform", "gpu", "limits")
             if getattr(fresh, name) != getattr(self._started_with, name)
         ]
         self._reload_problem = f"restart to apply changes to {', '.join(fixed)}" if fixed else None

@@ -60,6 +60,13 @@ class Logs:
 
 
 @dataclass(frozen=True, slots=True)
+class PlatformConfig:
+    """``collateral``: directory of AMD's certificates (``amd.pem``) and of a TD quote (``td_quote.bin``)."""
+
+    collateral: str = "/etc/cgpu-agent/platform"
+
+
+@dataclass(frozen=True, slots=True)
 class GpuConfig:
     """The GPUs, and what is trusted about them.
 
@@ -107,6 +114,7 @@ class Config:
     sockets: Sockets = field(default_factory=Sockets)
     tpm: TpmConfig = field(default_factory=TpmConfig)
     logs: Logs = field(default_factory=Logs)
+    platform: PlatformConfig = field(default_factory=PlatformConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     limits: Limits = field(default_factory=Limits)
     source: bytes = b""
@@ -160,6 +168,7 @@ _TABLES: dict[str, type[Any]] = {
     "sockets": Sockets,
     "tpm": TpmConfig,
     "logs": Logs,
+    "platform": PlatformConfig,
     "gpu": GpuConfig,
     "limits": Limits,
 }
@@ -219,6 +228,7 @@ def _check(config: Config) -> None:
         "sockets.admin": config.sockets.admin,
         "logs.boot": config.logs.boot,
         "logs.systemd": config.logs.systemd,
+        "platform.collateral": config.platform.collateral,
         "tpm.ak_certificate": "/" if tpm.ak_certificate == "nv" else tpm.ak_certificate,
     }
     if config.policy != DEFAULT_POLICY:

@@ -16,6 +16,7 @@ from cgpu_agent.domain.evidence import Evidence
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.gpustate import Reason
 from cgpu_agent.domain.keys import Keys, establish, with_certificate
+from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.policy import Facts
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import AgentError, DeviceFault, Unavailable
@@ -90,6 +91,7 @@ class Core:
     audit: AuditLog | None = None
     audit_problem: AgentError | None = None
     """Why no audit log is kept; then nothing happens that needs its record."""
+    platform: PlatformBelow | None = None
     gpus: GpuSessions | None = None
     """``None`` where nothing looks at GPUs."""
     vm_generation: Callable[[], int | None] = lambda: None

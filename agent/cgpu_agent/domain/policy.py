@@ -23,6 +23,7 @@ class Action(str, Enum):
     """What a caller may ask for; the values are the ids of the schema's actions."""
 
     IDENTITY = "boot.identity"
+    PLATFORM = "boot.platform"
     QUOTE = "boot.quote"
     RAW_QUOTE = "boot.raw_quote"
     PCRS = "boot.pcrs"
@@ -40,6 +41,7 @@ class Action(str, Enum):
 OPEN: Final = frozenset(
     {
         Action.IDENTITY,
+        Action.PLATFORM,
         Action.QUOTE,
         Action.PCRS,
         Action.EVENT_LOG,

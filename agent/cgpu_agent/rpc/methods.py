@@ -12,6 +12,7 @@ _GPUS = "/cgpu.agent.v1.Gpus/"
 
 ACTIONS: Mapping[str, Action] = {
     _BOOT + "GetIdentity": Action.IDENTITY,
+    _BOOT + "GetPlatform": Action.PLATFORM,
     _BOOT + "GetQuote": Action.QUOTE,
     _BOOT + "GetRawQuote": Action.RAW_QUOTE,
     _BOOT + "ReadPcrs": Action.PCRS,

@@ -31,6 +31,7 @@ EVERYTHING: dict[str, Any] = {
         "request_seconds": 9,
     },
     "logs": {"boot": "/run/x/boot", "systemd": "/run/x/systemd"},
+    "platform": {"collateral": "/run/x/platform"},
     "gpu": {
         "backend": "software:/run/x/gpu",
         "ready_helper": "/run/x/ready.sock",
@@ -63,7 +64,7 @@ def with_value(table: str, key: str, value: object) -> dict[str, Any]:
 
 def test_every_key_is_taken() -> None:
     config = parse(EVERYTHING)
-    tables = {"sockets", "tpm", "logs", "gpu", "limits"}
+    tables = {"sockets", "tpm", "logs", "platform", "gpu", "limits"}
     for field in dataclasses.fields(Config):
         if field.name in tables:
             for inner in dataclasses.fields(getattr(config, field.name)):
@@ -122,6 +123,7 @@ def test_unknown_key_of_a_table_is_named_with_its_table(table: str) -> None:
         ("tpm", "request_seconds", [0, 9, True]),
         ("logs", "boot", ["", "log", 1]),
         ("logs", "systemd", ["", "log", None]),
+        ("platform", "collateral", ["", "collateral", 1]),
         ("limits", "connections", [0, -1, True, 1 << 32]),
         ("limits", "connections_per_uid", [0, "64"]),
         ("limits", "calls", [0, 1.5]),

@@ -23,6 +23,7 @@ from tpm2_pytss import (
     TPM2_SU,
     TPM2B_ENCRYPTED_SECRET,
     TPM2B_ID_OBJECT,
+    TPM2B_NV_PUBLIC,
     TPM2B_PRIVATE,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
@@ -227,6 +228,15 @@ class Esapi:
         """TPM2_NV_Read by the owner."""
         data = self._call("NV_Read", self._esys.nv_read, index, count, offset, ESYS_TR.OWNER)
         return _content(data)
+
+    def nv_define(self, public: bytes) -> None:
+        """TPM2_NV_DefineSpace by the owner, with an empty auth, from a TPMS_NV_PUBLIC."""
+        wanted = _sized(TPM2B_NV_PUBLIC, public)
+        self._call("NV_DefineSpace", self._esys.nv_define_space, None, wanted)
+
+    def nv_write(self, index: Handle, data: bytes) -> None:
+        """TPM2_NV_Write by the owner, from the first byte on."""
+        self._call("NV_Write", self._esys.nv_write, index, data, 0, ESYS_TR.OWNER)
 
     def start_policy_session(self, hash_algorithm: int) -> Handle:
         """TPM2_StartAuthSession: an unsalted policy session that lives until it is flushed."""
