@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from cgpu_agent.backends.platform.store import CERTIFICATES, TD_QUOTE
+from cgpu_agent.client import Agent
 from cgpu_agent.verifier.certificate import load_certificates
+from cgpu_agent.verifier.evidence import EvidenceResult, RelyingParty, verify_evidence
 from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.verifier.platform import PlatformEndorsement, endorse_platform
 from cgpu_agent.verifier.platformcase import PlatformEvidence
+from cgpu_agent.wire.hcl import parse_hcl
 from fixtures.azure_tpm import AzureTpm, Manners, azure_tpm
 from fixtures.ctl import PASS, REFUSED, USAGE, Ctl
 from fixtures.daemon import Daemon, booted_daemon
 from fixtures.imds import metadata_service, quote_answer
-from fixtures.platform import CAS, PARTY, VM_ID
+from fixtures.lanes import AZURE_LOG
+from fixtures.machine import AUDIENCE
+from fixtures.pki import NOW
+from fixtures.platform import AMD, AZURE, AZURE_CA, CAS, PARTY, VM_ID
 
 pytestmark = pytest.mark.swtpm
 
@@ -26,7 +35,7 @@ pytestmark = pytest.mark.swtpm
 def azure_daemon(**manners: object) -> Iterator[tuple[Daemon, AzureTpm]]:
     """A daemon that serves on an Azure VM; its store is the folder's."""
     with (
-        booted_daemon() as agent,
+        booted_daemon(AZURE_LOG) as agent,
         azure_tpm(agent.tpm, Manners(**manners)) as (azure, path),  # type: ignore[arg-type]
     ):
         agent.configure()
@@ -158,3 +167,60 @@ def test_a_broken_report_is_an_error_that_says_what_it_is(ctl: Ctl) -> None:
 def test_the_metadata_service_is_asked_in_plain_http_only(ctl: Ctl, daemon: Daemon) -> None:
     ran = ctl("platform", "fetch", "--socket", daemon.socket, "--metadata-service", "file:///etc/passwd")
     assert ran.code == USAGE
+
+
+def workload(socket: str, nonce: bytes) -> bytes:
+    """The same three lines wherever it runs: it knows nothing of the platform."""
+    with Agent(socket) as agent:
+        return agent.get_evidence(nonce, audience=AUDIENCE)
+
+
+def judged_bundle(**manners: object) -> EvidenceResult:
+    """What a relying party that knows the test's makers finds out of a VM with such a platform."""
+    nonce = secrets.token_bytes(32)
+    with azure_daemon(**manners) as (agent, azure):
+        store = Path(agent.folder) / "platform"
+        store.mkdir()
+        pem = b"".join(each.public_bytes(Encoding.PEM) for each in AMD.certificates)
+        (store / CERTIFICATES).write_bytes(pem)
+        if manners.get("tee") == "tdx":
+            report = parse_hcl(azure.report or b"").hardware
+            (store / TD_QUOTE).write_bytes(azure.td_quote(report))
+        bundle = workload(agent.socket, nonce)
+    party = RelyingParty(AUDIENCE, nonce, NOW, roots=(AZURE.certificate,), intermediates=(AZURE_CA.certificate,))
+    return verify_evidence(bundle, replace(party, platform_party=PARTY))
+
+
+def test_one_workload_runs_unchanged_on_both_generations_and_only_the_endorsement_differs() -> None:
+    found = {
+        "azure-trusted-launch": judged_bundle(tee=None),
+        "amd-sev-snp": judged_bundle(tee="snp"),
+        "intel-tdx": judged_bundle(tee="tdx"),
+    }
+    for endorsed_by, result in found.items():
+        assert result.accepted, result.refusal
+        assert result.endorsement is not None
+        assert result.endorsement.kind == endorsed_by
+    others = [
+        [(step.id, step.outcome, step.slug) for step in result.steps if step.id != "platform.report"]
+        for result in found.values()
+    ]
+    assert others[0] == others[1] == others[2]
+    freshness = [result.hardware.platform_freshness for result in found.values() if result.hardware is not None]
+    assert freshness == ["this-batch", "boot"]
+
+
+@pytest.mark.parametrize("manners", [{"late": None}, {"refuse_writes": True}], ids=["never renewed", "not writable"])
+def test_a_report_that_cannot_be_renewed_is_told_as_old(manners: dict[str, object]) -> None:
+    result = judged_bundle(tee="snp", **manners)
+    assert result.accepted, result.refusal
+    assert result.hardware is not None
+    assert result.hardware.platform_freshness == "boot"
+    assert result.manifest is not None
+    assert "platform-freshness" in dict(result.manifest.missing)
+
+
+def test_a_report_about_another_vtpm_is_no_endorsement_whatever_the_certificate() -> None:
+    refusal = judged_bundle(tee="snp", other_ak=True).refusal
+    assert refusal is not None
+    assert (refusal.id, refusal.slug) == ("platform.report", "AK_MISMATCH")

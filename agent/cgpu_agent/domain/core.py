@@ -92,6 +92,7 @@ class Core:
     audit_problem: AgentError | None = None
     """Why no audit log is kept; then nothing happens that needs its record."""
     platform: PlatformBelow | None = None
+    """``None`` where nobody asks it."""
     gpus: GpuSessions | None = None
     """``None`` where nothing looks at GPUs."""
     vm_generation: Callable[[], int | None] = lambda: None
@@ -182,6 +183,7 @@ class Core:
                 pcrs=settings.evidence_pcrs,
                 audit=self.audit,
                 gpus=self.gpus,
+                platform=self.platform,
                 vm_generation=self.vm_generation,
             )
             self._boot = boot

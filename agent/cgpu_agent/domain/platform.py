@@ -6,6 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from cgpu_agent.backends.base import Platform, PlatformReport
+from cgpu_agent.errors import AgentError
+from cgpu_agent.verifier.platform import batch_user_data
+from cgpu_agent.wire.platformwords import PlatformWords, parse_platform
+from cgpu_agent.wire.strictjson import Fields
 
 
 class PlatformBelow:
@@ -39,6 +43,21 @@ class PlatformBelow:
                 lambda task: task.cancelled() or task.exception()
             )  # all who asked may be gone
         return await asyncio.shield(self._any)
+
+    async def words(self, root: bytes) -> tuple[PlatformWords | None, tuple[tuple[str, str], ...]]:
+        """The report for a batch of evidence with this Merkle root, and what is missing of it and why. Never raises.
+
+        A platform that fails is said as missing: the boot is evidence without it, and its reader decides.
+        """
+        try:
+            found = await self.report(batch_user_data(root))
+            if found.report is None:
+                return None, found.missing
+            words = PlatformWords(found.report, None, found.td_quote, found.certificates)
+            parse_platform(Fields(words.to_json(), "platform"))
+        except AgentError as error:
+            return None, (("platform-report", error.message),)
+        return words, found.missing
 
     async def _ask(self, user_data: bytes | None) -> PlatformReport:
         async with self._detecting:
