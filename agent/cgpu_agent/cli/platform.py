@@ -9,13 +9,13 @@ from pathlib import Path
 from cryptography import x509
 
 from cgpu_agent.cli import output
-from cgpu_agent.cli.floors import parse_floors
 from cgpu_agent.cli.inputs import parse_time, read_file
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.verifier.certificate import load_certificates
 from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.verifier.platform import PlatformEndorsement, endorse_platform
 from cgpu_agent.verifier.platformcase import PlatformEvidence, PlatformParty
+from cgpu_agent.verifier.platformfloor import parse_floors
 
 _SMALL = 1 << 16
 

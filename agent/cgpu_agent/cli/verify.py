@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 from cryptography import x509
 
 from cgpu_agent.cli import appraise, output
-from cgpu_agent.cli.floors import parse_floors
 from cgpu_agent.cli.inputs import parse_hex, parse_time, read_file
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.verifier.certificate import load_trusted
@@ -19,6 +18,7 @@ from cgpu_agent.verifier.evidence import EvidenceResult, RelyingParty, verify_ev
 from cgpu_agent.verifier.gpucapability import NOT_COVERED
 from cgpu_agent.verifier.gpufacts import gpu_claims
 from cgpu_agent.verifier.platformcase import PlatformParty
+from cgpu_agent.verifier.platformfloor import parse_floors
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.bundle import MAX_BUNDLE
 
