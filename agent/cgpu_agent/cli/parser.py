@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cgpu_agent import __version__
 
@@ -12,6 +14,10 @@ DEFAULT_COLLATERAL = "/etc/cgpu-agent/collateral"
 """As ``gpu.collateral`` in the agent's configuration."""
 _ARCHITECTURES = ("hopper", "blackwell", "ls10", "ampere")
 _BANKS = ("sha1", "sha256", "sha384", "sha512")
+
+_ONE_EACH: Mapping[str, Any] = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
+_SEVERAL: Mapping[str, Any] = {"type": Path, "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
+"""For commands without a file of their own, which this would swallow."""
 
 _Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
 
@@ -124,14 +130,13 @@ def _relying_party(parser: argparse.ArgumentParser) -> None:
         help=f"your name, as the evidence must hold it (default: {DEFAULT_AUDIENCE})",
     )
     parser.add_argument("--at", metavar="RFC3339", help="judge certificates at this time (default: now)")
-    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
-    parser.add_argument("--ak-root", help="trusted root for AK certificates (PEM or DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--ak-root", help="trusted root for AK certificates (PEM or DER)", **_ONE_EACH)
     parser.add_argument(
         "--simulated-ak-root",
         help="root of a simulator's AK certificates; the verdict says so",
-        **files,  # type: ignore[arg-type]
+        **_ONE_EACH,
     )
-    parser.add_argument("--ak-intermediate", help="CA certificates below it (PEM or DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--ak-intermediate", help="CA certificates below it (PEM or DER)", **_ONE_EACH)
     parser.add_argument(
         "--ak-name", action="append", default=[], metavar="HEX", help="Name of a platform AK that you enrolled"
     )
@@ -147,7 +152,7 @@ def _relying_party(parser: argparse.ArgumentParser) -> None:
         "--allow-no-boot-log", action="store_true", help="accept a missing firmware log; the verdict says so"
     )
     _floor(parser)
-    _gpu_demands(parser.add_argument_group("GPUs"))
+    _gpu_demands(parser.add_argument_group("GPUs"), _ONE_EACH)
 
 
 def _verify(commands: _Commands[argparse.ArgumentParser]) -> None:
@@ -249,14 +254,13 @@ def _floor(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _gpu_demands(parser: argparse._ActionsContainer) -> None:
+def _gpu_demands(parser: argparse._ActionsContainer, files: Mapping[str, Any]) -> None:
     """What a judge demands of GPUs, and brings along."""
-    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
     parser.add_argument("--gpus", type=int, metavar="COUNT", help="how many GPUs there must be")
     parser.add_argument("--collateral", type=Path, metavar="DIR", help="use this store (cgpuctl collateral)")
-    parser.add_argument("--rim", help="NVIDIA's reference values: signed XML", **files)  # type: ignore[arg-type]
-    parser.add_argument("--crl", help="certificate revocation list (DER or PEM)", **files)  # type: ignore[arg-type]
-    parser.add_argument("--ocsp", help="OCSP response (DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--rim", help="NVIDIA's reference values: signed XML", **files)
+    parser.add_argument("--crl", help="certificate revocation list (DER or PEM)", **files)
+    parser.add_argument("--ocsp", help="OCSP response (DER)", **files)
     parser.add_argument("--max-age", type=int, metavar="DAYS", help="oldest acceptable CRL or OCSP response")
     parser.add_argument("--device-root", type=Path, metavar="FILE", help="trust this root instead of NVIDIA's")
     parser.add_argument("--rim-root", type=Path, metavar="FILE", help="the same for reference values")
@@ -295,14 +299,13 @@ def _gpu(commands: _Commands[argparse.ArgumentParser]) -> None:
         description="Judge the attestation reports of NVIDIA GPUs and NVSwitches. Needs no GPU and no network. "
         "Exit status: 0 pass, 1 refused or unverifiable.",
     )
-    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
     parser.add_argument("--report", type=Path, metavar="FILE", help="one report, hex or raw bytes")
     parser.add_argument("--chain", type=Path, metavar="FILE", help="its five certificates (PEM, leaf first)")
-    parser.add_argument("--evidence", help="NVIDIA's JSON list of devices, all of one machine", **files)  # type: ignore[arg-type]
+    parser.add_argument("--evidence", help="NVIDIA's JSON list of devices, all of one machine", **_SEVERAL)
     parser.add_argument("--nonce", metavar="HEX", help="the 32 bytes that you sent")
     parser.add_argument("--arch", choices=_ARCHITECTURES, help="what every device must be")
     parser.add_argument("--at", metavar="RFC3339", help="judge at this time (default: now)")
-    _gpu_demands(parser)
+    _gpu_demands(parser, _SEVERAL)
     form = parser.add_mutually_exclusive_group()
     _json(form)
     form.add_argument("--eat", action="store_true", help="print claims as in NVIDIA's tokens, unsigned")
@@ -325,8 +328,7 @@ def _collateral(commands: _Commands[argparse.ArgumentParser]) -> None:
     )
     fetch.add_argument("--report", type=Path, metavar="FILE", help="one device's report, hex or raw bytes")
     fetch.add_argument("--chain", type=Path, metavar="FILE", help="its five certificates (PEM, leaf first)")
-    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
-    fetch.add_argument("--evidence", help="NVIDIA's JSON list of devices", **files)  # type: ignore[arg-type]
+    fetch.add_argument("--evidence", help="NVIDIA's JSON list of devices", **_ONE_EACH)
     fetch.add_argument("--rim-id", action="append", default=[], metavar="ID", help="a RIM, by NVIDIA's name for it")
     fetch.add_argument(
         "--rim-url",
@@ -377,14 +379,18 @@ def _platform(commands: _Commands[argparse.ArgumentParser]) -> None:
         description="Say who vouches for the vTPM of an Azure VM: AMD or Intel under a known paravisor, the cloud, "
         "or nobody. Needs no network. Exit status: 0 somebody does, 1 nobody or refused.",
     )
-    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
-    parser.add_argument("--report", type=Path, metavar="FILE", help="HCL report, bare SNP report or bare TD quote")
+    report = "HCL report, bare SNP report or bare TD quote"
+    parser.add_argument("--hcl", "--report", type=Path, metavar="FILE", help=report)
     parser.add_argument("--claims", type=Path, metavar="FILE", help="runtime claims beside a bare report")
     parser.add_argument("--td-quote", type=Path, metavar="FILE", help="TD quote over the report's TDREPORT")
-    parser.add_argument("--vcek", help="VCEK or VLEK, its CA, AMD's root (PEM or DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--vcek", help="VCEK or VLEK, also with its CA and AMD's root (PEM or DER)", **_SEVERAL)
+    parser.add_argument("--chain", help="CA certificates above VCEK or AK certificate, roots among them", **_SEVERAL)
     parser.add_argument("--ak", type=Path, metavar="FILE", help="the platform AK in question, as for quote verify")
-    parser.add_argument("--ak-certificate", type=Path, metavar="FILE", help="its certificate (PEM or DER)")
-    parser.add_argument("--ca", help="CA certificates of Azure's vTPMs, the root among them", **files)  # type: ignore[arg-type]
+    parser.add_argument("--ak-cert", type=Path, metavar="FILE", help="its certificate (PEM or DER)")
+    parser.add_argument("--quote", type=Path, metavar="FILE", help="a quote by that AK: TPMS_ATTEST")
+    parser.add_argument("--signature", type=Path, metavar="FILE", help="its signature: TPMT_SIGNATURE or raw RSA")
+    parser.add_argument("--pcrs", type=Path, metavar="FILE", help='the PCR values it covers: JSON {"index": "hex"}')
+    parser.add_argument("--nonce", metavar="HEX", help="its expected extraData")
     _floor(parser)
     parser.add_argument("--at", metavar="RFC3339", help="judge certificates at this time (default: now)")
     _json(parser)
