@@ -272,6 +272,72 @@ class Platform(Protocol):
         """
 
 
+BrokerKind = Literal["sealed", "openbao", "trustee", "azure"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasedKey:
+    """A key that a broker let go.
+
+    Attributes:
+        secret: 1 to ``MAX_SECRET`` bytes; kept out of ``repr``.
+        generation: which of the key's generations it is, by the broker's count.
+    """
+
+    secret: bytes = field(repr=False)
+    generation: int
+
+
+MAX_SECRET = 8192
+
+
+class Attester(Protocol):
+    """What a broker may have the agent show of this VM, for the one release that it is asked for.
+
+    Every answer is made afresh. All raise ``AgentError``.
+    """
+
+    async def bundle(self, nonce: bytes, audience: str) -> bytes:
+        """Evidence of purpose ``release``: its statement names broker, key, caller, and whom the key is for.
+
+        Args:
+            nonce: 8 to 64 bytes, from the relying party.
+            audience: the relying party's name.
+        """
+
+    async def raw_quote(self, data: bytes, pcrs: tuple[int, ...]) -> tuple[Signed, dict[int, bytes]]:
+        """A quote by the platform AK over a relying party's own bytes (1 to 48), and the SHA-256 values it covers."""
+
+    async def platform(self, user_data: bytes) -> PlatformReport:
+        """As ``Platform.report``."""
+
+    async def gpu_reports(self, nonce: bytes) -> tuple[tuple[GpuInfo, GpuEvidence], ...]:
+        """Every GPU's report over these 32 bytes; none where there are no GPUs."""
+
+
+class KeyBroker(Protocol):
+    """Whoever keeps keys and lets them go to a VM that shows what it is."""
+
+    kind: BrokerKind
+
+    async def release(self, path: str, attester: Attester, *, timeout: float) -> ReleasedKey:
+        """Get a key.
+
+        Args:
+            path: the broker's own name of it.
+            attester: shows the broker what it asks for.
+            timeout: seconds for all of it.
+
+        Raises:
+            Denied: ``KEY_REFUSED``: the broker's policy does not let this VM, or this caller, have it.
+            Unavailable: ``KEY_ABSENT``: there is no such key; ``BROKER_UNREACHABLE``, with ``retry_after``;
+                ``BROKER_ANSWER``: it answered what nobody can read; and what ``Attester`` raises.
+        """
+
+    def close(self) -> None:
+        """Forget what it holds. Idempotent."""
+
+
 class MeasurementLogs(Protocol):
     """The logs that explain the PCRs."""
 

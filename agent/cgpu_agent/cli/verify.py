@@ -116,6 +116,7 @@ def to_json(result: EvidenceResult, coverage: Coverage | None = None) -> dict[st
             "caller": dict(statement.caller),
             "missing": [{"part": part, "reason": reason} for part, reason in manifest.missing],
             "purpose": statement.purpose,
+            "release": None if statement.release is None else statement.release.to_json(),
             "time": statement.time,
             "vm_generation": manifest.vm_generation,
             "gpus": None if manifest.gpus is None else manifest.gpus.to_json(),

@@ -28,6 +28,7 @@ from cgpu_agent.wire.bundle import (
     AuditAnchor,
     Bundle,
     BundleFrame,
+    KeyRelease,
     LogDigest,
     Manifest,
     SignedAttest,
@@ -147,8 +148,13 @@ class Evidence:
         self._vm_generation = vm_generation
         self._boot_lane, self._gpu_lane = _Lane(), _Lane()
 
-    async def get(self, caller: Caller, request: Request) -> bytes:
+    async def get(self, caller: Caller, request: Request, release: KeyRelease | None = None) -> bytes:
         """A bundle for this caller.
+
+        Args:
+            caller: whom the statement names.
+            request: what the caller, or a key broker, asks for.
+            release: the key that the agent wants let go for the caller. No caller can set it.
 
         Raises:
             Misuse: see ``Request.check``.
@@ -159,7 +165,7 @@ class Evidence:
         if request.gpus and self._gpus is None:
             raise Unavailable(NO_GPUS.slug, NO_GPUS.message)
         statement = Statement(
-            purpose="evidence",
+            purpose="evidence" if release is None else "release",
             audience=request.audience,
             nonce=request.nonce,
             user_data=request.user_data,
@@ -169,6 +175,7 @@ class Evidence:
             salt=os.urandom(16),
             boot_id=self._boot_id,
             time=int(self._clock.time()),
+            release=release,
         ).encode()
         if len(statement) > MAX_STATEMENT:
             raise Unavailable("STATEMENT_TOO_LARGE", "the caller's identity does not fit into a statement")

@@ -90,6 +90,7 @@ def load(config: Config) -> Material:
         allow_unendorsed=trust.allow_unendorsed,
         allow_no_boot_log=trust.allow_no_boot_log,
         register=trust.register,
+        purposes=frozenset(trust.purposes),
         platform_party=_platform_party(config),
         gpu_count=config.gpu.count or None,
         gpu_party=_gpu_party(config),
@@ -97,7 +98,6 @@ def load(config: Config) -> Material:
     policy_path = trust.policy or DEFAULT_POLICY
     judge = Judge(
         party=party,
-        purposes=frozenset(trust.purposes),
         policy=Policies.load(_text(policy_path), _text(APPRAISAL_SCHEMA), str(policy_path)),
         reference=None if trust.reference is None else _reference(trust.reference),
         replica_keys=replica_keys,
