@@ -17,7 +17,7 @@ import pytest
 
 from cgpu_agent.cli.parser import build_parser
 from cgpu_agent.daemon import __main__ as daemon
-from cgpu_agent.daemon.config import Config
+from cgpu_agent.daemon.config import Config, KeyConfig
 from cgpu_agent.domain.core import REMEDIES
 from cgpu_agent.domain.policy import Action
 from cgpu_agent.ready import __main__ as ready
@@ -134,6 +134,9 @@ def _defaults() -> Iterator[tuple[str, str, Any]]:
             continue
         if isinstance(value, (str, int)):
             yield "TOP LEVEL", entry.name, value
+        elif entry.name == "key":
+            shown = KeyConfig("shown", "credential")
+            yield from (("[[key]]", inner.name, getattr(shown, inner.name)) for inner in fields(shown)[2:])
         else:
             for inner in fields(value):
                 yield f"[{entry.name}]", inner.name, getattr(value, inner.name)

@@ -272,7 +272,7 @@ class Platform(Protocol):
         """
 
 
-BrokerKind = Literal["sealed", "openbao", "trustee", "azure"]
+BrokerKind = Literal["credential", "sealed", "openbao", "trustee", "azure"]
 
 
 @dataclass(frozen=True, slots=True)

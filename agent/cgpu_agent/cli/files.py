@@ -11,9 +11,9 @@ from cgpu_agent.cli.inputs import read_file
 from cgpu_agent.errors import Misuse
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file as a whole or not at all. Raises ``Misuse`` (``CANNOT_WRITE``)."""
-    _write(path, data, lambda temporary: temporary.replace(path))
+def write_whole(path: Path, data: bytes, *, secret: bool = False) -> None:
+    """Write a file as a whole or not at all; a secret for its owner alone. Raises ``Misuse`` (``CANNOT_WRITE``)."""
+    _write(path, data, lambda temporary: temporary.replace(path), secret=secret)
 
 
 def write_new(path: Path, data: bytes) -> bool:
@@ -37,14 +37,15 @@ def write_new(path: Path, data: bytes) -> bool:
     return True
 
 
-def _write(path: Path, data: bytes, place: Callable[[Path], object]) -> None:
+def _write(path: Path, data: bytes, place: Callable[[Path], object], *, secret: bool = False) -> None:
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             temporary = Path(file.name)
             try:
                 file.write(data)
                 file.flush()
-                temporary.chmod(0o666 & ~_umask())
+                if not secret:  # it was made with mode 0600
+                    temporary.chmod(0o666 & ~_umask())
                 place(temporary)
             except BaseException:
                 temporary.unlink(missing_ok=True)

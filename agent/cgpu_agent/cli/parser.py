@@ -13,6 +13,8 @@ DEFAULT_AUDIENCE = "local"
 DEFAULT_COLLATERAL = "/etc/cgpu-agent/collateral"
 """As ``gpu.collateral`` in the agent's configuration."""
 _ARCHITECTURES = ("hopper", "blackwell", "ls10", "ampere")
+_BROKERS = ("credential", "sealed", "openbao", "trustee", "azure")
+_GPU_STATES = ("ready", "not-ready", "none", "not-asked")
 _BANKS = ("sha1", "sha256", "sha384", "sha512")
 
 _ONE_EACH: Mapping[str, Any] = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
@@ -43,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     _collateral(commands)
     _platform(commands)
     _ak(commands)
+    _key(commands)
     _policy(commands)
     _audit(commands)
     _completion(commands)
@@ -480,6 +483,30 @@ def _ak(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.set_defaults(module="ak")
 
 
+def _key(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser("key", help="the keys that you may have", description="Keys that the agent releases.")
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    parser = verbs.add_parser(
+        "list",
+        help="say which keys you may have now",
+        description="Say which keys you may have now, and in which way.",
+    )
+    _socket(parser, "the agent's socket", "CGPU_AGENT_SOCKET")
+    _json(parser)
+    parser.set_defaults(module="key")
+    parser = verbs.add_parser(
+        "get",
+        help="get a key",
+        description="Get a key, if the operator's policy lets you have it: wrapped to a key pair made for this call, "
+        "and opened here.",
+    )
+    parser.add_argument("key", metavar="KEY", help="its id, as key list gives it")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (mode 0600)")
+    parser.add_argument("--plain", action="store_true", help="in plain over the socket, which policy permits apart")
+    _socket(parser, "the agent's socket", "CGPU_AGENT_SOCKET")
+    parser.set_defaults(module="key")
+
+
 def _policy(commands: _Commands[argparse.ArgumentParser]) -> None:
     group = commands.add_parser("policy", help="check and explain policies", description="Cedar policies.")
     verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
@@ -503,6 +530,15 @@ def _policy(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--unit", metavar="NAME", help="its systemd unit (default: none)")
     parser.add_argument("--container", metavar="ID", help="its container (default: none)")
     parser.add_argument("--groups", type=int, nargs="+", metavar="N", help="its supplementary groups")
+    parser.add_argument("--key", metavar="ID", help="say what it may do with this key, too")
+    parser.add_argument("--broker", choices=_BROKERS, default="sealed", help="who keeps the key (default: sealed)")
+    parser.add_argument("--key-group", default="", metavar="NAME", help="the key's group (default: none)")
+    parser.add_argument(
+        "--gpus",
+        choices=_GPU_STATES,
+        default="not-asked",
+        help="what the agent makes of the GPUs (default: not-asked)",
+    )
     _json(parser)
     parser.set_defaults(module="policy")
 

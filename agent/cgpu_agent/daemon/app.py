@@ -14,9 +14,10 @@ from typing import Any
 import structlog
 
 from cgpu_agent import __version__
-from cgpu_agent.backends.base import Gpus
+from cgpu_agent.backends.base import Gpus, KeyBroker
 from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
 from cgpu_agent.backends.gpu.software.client import SoftwareGpus
+from cgpu_agent.backends.keys.credential import CredentialKeys
 from cgpu_agent.backends.logs import SystemLogs
 from cgpu_agent.backends.platform.detect import detect
 from cgpu_agent.backends.platform.store import PlatformStore
@@ -41,8 +42,10 @@ from cgpu_agent.domain.gpurecord import GpuRecords
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.gpustate import Reason
 from cgpu_agent.domain.platform import PlatformBelow
-from cgpu_agent.domain.policy import Policy
+from cgpu_agent.domain.policy import Key, Policy
 from cgpu_agent.domain.quota import InFlight
+from cgpu_agent.domain.rate import Rate
+from cgpu_agent.domain.release import KeySpec, Release
 from cgpu_agent.domain.store import Store
 from cgpu_agent.domain.timefloor import TimeFloor
 from cgpu_agent.errors import AgentError, Misuse
@@ -121,6 +124,7 @@ class App:
         self._open_audit(Path(config.state_dir))
         self._judge = load_judge(config.gpu)
         self._core.gpus = self._gpu_sessions(config)
+        self._core.release = self._release(config)
         recorder = Auditor(self._core.audit)
         self._core.certify(self._ak_certificate())
         limits = DoorLimits(max_connections=config.limits.connections, max_per_uid=config.limits.connections_per_uid)
@@ -164,6 +168,30 @@ class App:
     def _platform(self, config: Config) -> PlatformBelow:
         store, seconds = PlatformStore(Path(config.platform.collateral)), float(config.tpm.request_seconds)
         return PlatformBelow(lambda: detect(self._tpm, store, ConfigFs(), timeout=seconds), timeout=seconds)
+
+    def _release(self, config: Config) -> Release:
+        core, credentials = self._core, os.environ.get("CREDENTIALS_DIRECTORY")
+        brokers: dict[str, KeyBroker] = {"credential": CredentialKeys(Path(credentials) if credentials else None)}
+        keys = {
+            each.id: KeySpec(Key(each.id, each.broker, each.group), each.path or each.id, each.seconds)
+            for each in config.key
+        }
+        limit = "too many keys were asked for; wait a little"
+        return Release(
+            keys,
+            brokers,
+            lambda caller, action, key: self._policy.decide(caller, action, core.facts(), key),
+            self._trust_epoch,
+            core.audit,
+            core,
+            Rate(core.clock, config.limits.keys_per_minute, "KEY_LIMIT", limit),
+            core.clock,
+        )
+
+    def _trust_epoch(self) -> tuple[int, str]:
+        """What was decided in one epoch is void in the next."""
+        gpus = self._core.gpus
+        return (0 if gpus is None else gpus.trust_epoch, self._policy.digest)
 
     def _gpu_sessions(self, config: Config) -> GpuSessions | None:
         gpus = _open_gpus(config.gpu)
@@ -303,6 +331,8 @@ class App:
         await asyncio.gather(*(server.stop(_DRAIN_SECONDS) for server in self._servers))
         await self._audit_denials(now=True)
         await self._audit("agent-stop")
+        if self._core.release is not None:
+            self._core.release.close()
         await asyncio.get_running_loop().run_in_executor(None, self._tpm.close)
 
     async def _establish(self) -> None:
@@ -383,7 +413,7 @@ class App:
     async def _apply(self, fresh: Config, policy: Policy, judge: GpuJudge) -> None:
         fixed = [
             name
-            for name in ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "platform", "gpu", "limits")
+            for name in ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "platform", "gpu", "limits", "key")
             if getattr(fresh, name) != getattr(self._started_with, name)
         ]
         self._reload_problem = f"restart to apply changes to {', '.join(fixed)}" if fixed else None

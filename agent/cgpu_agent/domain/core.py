@@ -18,6 +18,7 @@ from cgpu_agent.domain.gpustate import Reason
 from cgpu_agent.domain.keys import Keys, establish, with_certificate
 from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.policy import Facts
+from cgpu_agent.domain.release import Release
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import AgentError, DeviceFault, Unavailable
 
@@ -95,6 +96,8 @@ class Core:
     """``None`` where nobody asks it."""
     gpus: GpuSessions | None = None
     """``None`` where nothing looks at GPUs."""
+    release: Release | None = None
+    """``None`` where no keys are configured."""
     vm_generation: Callable[[], int | None] = lambda: None
     _generation: int | None = _UNSEEN
     _boot: MeasuredBoot | None = None
@@ -304,11 +307,14 @@ class Core:
         """What policy may ask about the machine."""
         found = {problem.reason for problem in self.problems()}
         known = self._boot is not None
+        view = None if self.gpus is None else self.gpus.view()
         return Facts(
             state=self.state(),
             endorsed=known and "UNENDORSED" not in found,
             boot_log=known and not found & {"NO_BOOT_LOG", "LOG_TOO_LARGE"},
-            gpus="not-asked" if self.gpus is None else self.gpus.view().state,
+            gpus="not-asked" if view is None else view.state,
+            gpus_simulated=view is not None
+            and any(each.verdict is not None and each.verdict.simulated for each in view.sessions),
         )
 
     def line(self) -> str:

@@ -21,6 +21,7 @@ from cgpu_agent.wire.gpuinventory import (
     parse_inventory,
     parse_words,
 )
+from cgpu_agent.wire.keyids import BROKER, KEY_ID, MAX_KEY_ID
 from cgpu_agent.wire.merkle import MAX_LEAVES
 from cgpu_agent.wire.platformwords import PlatformWords, parse_platform
 from cgpu_agent.wire.strictjson import Fields, b64
@@ -41,11 +42,6 @@ MAX_AUDIENCE = 255
 
 PURPOSES: Final = frozenset({"evidence", "release"})
 LANES: Final = frozenset({"boot", "gpus"})
-
-MAX_KEY_ID = 128
-KEY_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
-"""The agent's ids of keys."""
-BROKER: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 _MANIFEST_PREFIX: Final = b"\xc6\x01"
 _QUOTE_PREFIX: Final = b"\xc6\x02"

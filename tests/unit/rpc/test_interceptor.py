@@ -237,7 +237,7 @@ def test_one_connection_has_so_many_calls_at_a_time_and_no_more() -> None:
                     try:
                         return await site.call("Wait")
                     except grpc.aio.AioRpcError as error:
-                        # A stream that comes before the server has put the last one away is refused, to be tried again.
+                        # The server refuses a stream that comes before it has put away the last one.
                         if error.code() is not grpc.StatusCode.UNAVAILABLE:
                             raise
 
