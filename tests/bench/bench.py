@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from objects import objects
 from offline import offline
 from online import SLOW_QUOTE_SECONDS, World, evidence, front_door, in_turns, one_bundle, quotes, running
 from ratios import Pair, show
@@ -87,6 +88,8 @@ def measure(world: World, effort: Effort, say: Callable[[str], None]) -> dict[st
     found["evidence"] = evidence(world, rounds=effort.rounds // 2, seconds=effort.evidence_seconds)
     say("verification")
     found["verification"] = offline(one_bundle(world), rounds=effort.rounds // 2, seconds=effort.offline_seconds)
+    say("sealed objects")
+    found["sealed objects"] = objects(rounds=effort.rounds // 2, seconds=effort.offline_seconds)
     say("start")
     found["start"] = cold_start(world, effort.starts)
     return found
