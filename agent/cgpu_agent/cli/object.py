@@ -25,6 +25,8 @@ from cgpu_agent.wire.sealed import HEADER_SIZE, KEY_SIZE, SEGMENT_SIZES, Header,
 _CHUNK = 8 << 20
 """Bytes read at a time, at most: whole segments of it are sealed and opened where they lie."""
 
+_DONE = {"seal": "sealed", "open": "opened, all verified"}
+
 
 def run(arguments: argparse.Namespace) -> int:
     try:
@@ -42,9 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
     elif not _is_standard(arguments.target):
         output.say(f"{output.printable(str(arguments.target))}: {found['plain_bytes']} bytes {_DONE[arguments.verb]}")
     return output.EXIT_PASS
-
-
-_DONE = {"seal": "sealed", "open": "opened, all verified"}
 
 
 def _convert(arguments: argparse.Namespace) -> dict[str, object]:

@@ -18,7 +18,8 @@ class SealedFile:
 
     Raises:
         Misuse: ``NOT_A_FILE``, ``BAD_KEY``, ``BAD_SEGMENT_SIZE``.
-        HostileInput: ``TRUNCATED``, ``BAD_FORMAT``, ``NOT_AUTHENTIC``.
+        HostileInput: ``TRUNCATED``, ``TOO_LARGE``, ``BAD_FORMAT``, ``NOT_AUTHENTIC``.
+        OSError: here and later, where the descriptor cannot be read.
     """
 
     def __init__(self, fd: int, key: bytes | bytearray, name: ObjectName, segment_size: int) -> None:

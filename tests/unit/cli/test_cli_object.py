@@ -139,7 +139,9 @@ class TestRefusals:
     @pytest.mark.parametrize("size", [0, 16, 31, 33])
     def test_a_key_of_another_size(self, objects: Objects, size: int) -> None:
         objects.key.write_bytes(bytes(size))
-        objects.refused(objects("open", objects.sealed, objects.opened), "BAD_KEY", USAGE)
+        ran = objects("open", objects.sealed, objects.opened)
+        objects.refused(ran, "BAD_KEY", USAGE)
+        assert str(objects.key) in ran.err
 
     def test_files_that_are_not_there(self, objects: Objects) -> None:
         objects.refused(objects("open", objects.folder / "none", objects.opened), "NO_FILE", USAGE)
