@@ -23,6 +23,7 @@ import grpc
 from domain import group_commit
 from gpus import gpus
 from lanes import gpus_in_bundles
+from objects import objects
 from offline import offline
 from online import SLOW_QUOTE_SECONDS, World, evidence, front_door, in_turns, one_bundle, quotes, running
 from ratios import Pair, show
@@ -103,6 +104,8 @@ def measure(world: World, home: Path, effort: Effort, say: Callable[[str], None]
     found["GPUs"], lacking = gpus(rounds=effort.rounds // 2, times=effort.gpu_times)
     if lacking:
         print(f"GPUs: {lacking}", file=sys.stderr)
+    say("sealed objects")
+    found["sealed objects"] = objects(rounds=effort.rounds // 2, seconds=effort.offline_seconds)
     say("start")
     found["start"] = cold_start(world, effort.starts)
     return found

@@ -16,6 +16,7 @@ _ARCHITECTURES = ("hopper", "blackwell", "ls10", "ampere")
 _BROKERS = ("credential", "sealed", "openbao", "trustee", "azure")
 _GPU_STATES = ("ready", "not-ready", "none", "not-asked")
 _BANKS = ("sha1", "sha256", "sha384", "sha512")
+_SEGMENT_SIZES = ("1MiB", "4KiB")
 
 _ONE_EACH: Mapping[str, Any] = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
 _SEVERAL: Mapping[str, Any] = {"type": Path, "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _key(commands)
     _policy(commands)
     _audit(commands)
+    _object(commands)
     _completion(commands)
     return parser
 
@@ -563,6 +565,48 @@ def _audit(commands: _Commands[argparse.ArgumentParser]) -> None:
     )
     _json(verify)
     verify.set_defaults(module="audit")
+
+
+def _object(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser("object", help="seal and open objects", description="Sealed objects, such as models.")
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    told = {
+        "seal": ("encrypt a file under a key and a name", "Seal a file: nobody reads, alters, cuts or swaps it."),
+        "open": ("decrypt it, if it is the one named", "Open a sealed object, if it is whole and the one named."),
+    }
+    for verb, (short, long) in told.items():
+        parser = verbs.add_parser(
+            verb, help=short, description=f"{long} Needs no agent and no network. Exit status: 0 done, 1 refused."
+        )
+        parser.add_argument("--key-file", type=Path, required=True, metavar="FILE", help="32 random bytes, mode 0600")
+        parser.add_argument("--key-id", required=True, metavar="ID", help="the key's name")
+        parser.add_argument("--object-id", required=True, metavar="ID", help="the object's name")
+        parser.add_argument(
+            "--object-version", type=int, required=True, metavar="N", help="its version, from 1 up: one per content"
+        )
+        _segment_size(parser)
+        parser.add_argument("source", type=Path, metavar="IN", help="what to read; - for standard input")
+        parser.add_argument("target", type=Path, metavar="OUT", help="where to write; - for standard output")
+        _json(parser)
+        parser.set_defaults(module="object")
+    parser = verbs.add_parser(
+        "inspect",
+        help="say how an object is cut",
+        description="Print an object's header and the sizes that follow from its own. Nothing is verified.",
+    )
+    parser.add_argument("source", type=Path, metavar="FILE", help="the sealed object")
+    _segment_size(parser)
+    _json(parser)
+    parser.set_defaults(module="object")
+
+
+def _segment_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--segment-size",
+        choices=_SEGMENT_SIZES,
+        default=_SEGMENT_SIZES[0],
+        help=f"how it is cut, which no object says of itself (default: {_SEGMENT_SIZES[0]})",
+    )
 
 
 def _completion(commands: _Commands[argparse.ArgumentParser]) -> None:
