@@ -111,6 +111,7 @@ REFUSED = (Denied, "KEY_REFUSED")
     ("step", "variant", "expected"),
     [
         ("auth", "AttestationError", UNREADABLE),
+        ("auth", "PluginNotFound", UNREADABLE),
         ("attest", "AttestationError", REFUSED),
         ("resource", "AttestationError", UNREADABLE),
         ("resource", "PolicyDeny", REFUSED),

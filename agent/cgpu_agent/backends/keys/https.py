@@ -7,7 +7,10 @@ from typing import Protocol
 
 
 class Https(Protocol):
-    """HTTPS to a server whose certificate was verified. Knows no redirects, cookies, proxies or credentials."""
+    """HTTPS to a server that the CAs pinned for it certify. Knows no redirects, cookies, proxies or credentials.
+
+    A broker's answer may be worth no more than this: nothing else says from whom a secret comes.
+    """
 
     async def request(
         self, method: str, url: str, *, headers: Mapping[str, str], body: bytes, timeout: float, limit: int

@@ -163,7 +163,7 @@ def _refusal(path: str, status: int, content: bytes) -> AgentError:
         return Denied("KEY_REFUSED", "Trustee's policy does not let this VM have the key")
     if variant == "AttestationError" and path == "attest":
         return Denied("KEY_REFUSED", "Trustee does not accept this VM's evidence")
-    if variant in _ABSENT:
+    if variant in _ABSENT and path.startswith("resource/"):
         return Unavailable("KEY_ABSENT", "Trustee has no such key, or cannot get at it")
     if variant == "TokenNotFound":
         return _unreachable("it forgot the session")
