@@ -308,7 +308,10 @@ class Attester(Protocol):
     async def raw_quote(self, data: bytes, pcrs: tuple[int, ...]) -> tuple[Signed, dict[int, bytes]]:
         """A quote by the platform AK over a relying party's own bytes (1 to 48), and the SHA-256 values it covers."""
 
-    async def platform(self, user_data: bytes) -> PlatformReport:
+    async def platform_ak(self) -> bytes:
+        """TPMT_PUBLIC of the key that signs raw quotes."""
+
+    async def platform(self, user_data: bytes | None) -> PlatformReport:
         """As ``Platform.report``."""
 
     async def gpu_reports(self, nonce: bytes) -> tuple[tuple[GpuInfo, GpuEvidence], ...]:

@@ -42,7 +42,10 @@ class CoreAttester:
         found = await self._machine.boot.raw_quote(self._caller, data, pcrs)
         return found.quote, found.pcrs
 
-    async def platform(self, user_data: bytes) -> PlatformReport:
+    async def platform_ak(self) -> bytes:
+        return self._machine.boot.keys.platform_ak
+
+    async def platform(self, user_data: bytes | None) -> PlatformReport:
         if self._machine.platform is None:
             raise Unavailable("NO_PLATFORM", "this agent does not look at the platform")
         return await self._machine.platform.report(user_data)

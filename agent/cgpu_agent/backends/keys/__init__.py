@@ -1,1 +1,1 @@
-"""Where keys come from: one module a broker."""
+"""Where keys come from that the agent may release."""
