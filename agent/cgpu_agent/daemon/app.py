@@ -18,6 +18,7 @@ from cgpu_agent.backends.base import Gpus
 from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
 from cgpu_agent.backends.gpu.software.client import SoftwareGpus
 from cgpu_agent.backends.logs import SystemLogs
+from cgpu_agent.backends.notify import Notifier, passed_descriptors
 from cgpu_agent.backends.tpm.owner import TpmOwner
 from cgpu_agent.backends.tpm.transport import open_tpm
 from cgpu_agent.daemon import config as configuration
@@ -26,7 +27,6 @@ from cgpu_agent.daemon import status
 from cgpu_agent.daemon.build import build_digest
 from cgpu_agent.daemon.config import Config, GpuConfig
 from cgpu_agent.daemon.gpus import load_judge, load_rules
-from cgpu_agent.daemon.notify import Notifier, passed_descriptors
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded
 from cgpu_agent.daemon.watchdog import Watchdog
