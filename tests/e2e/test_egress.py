@@ -70,7 +70,7 @@ def test_an_allowed_server_is_asked_over_tls_that_the_proxy_cannot_read(tmp_path
     (head,) = site.requests
     assert head.endswith(b"\r\n\r\nplease")
     assert head.startswith(b"POST /v1/key HTTP/1.1\r\n")
-    assert f"Host: 127.0.0.1:{tapped.port}\r\n".encode() in head
+    assert f"host: 127.0.0.1:{tapped.port}\r\n".encode() in head
     assert b"Authorization: Bearer hush\r\n" in head
     # What passed the proxy is all that the wiretap saw behind it: TLS, and no word of either side.
     assert tap.seen[:2] == b"\x16\x03"

@@ -155,7 +155,9 @@ class Remote:
             raise Misuse("EGRESS_BAD_REQUEST", "this is no HTTP request") from None
 
     def _request(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> httpcore.Request:
-        own = {"Host": str(self._to), "Content-Length": str(len(body)), "Connection": "close"}
+        own = {"host": str(self._to), "content-length": str(len(body)), "connection": "close"}
+        if {name.lower() for name in headers} & {*own, "transfer-encoding"}:
+            raise Misuse("EGRESS_BAD_REQUEST", "how a request is framed is not the caller's to say")
         return httpcore.Request(
             method,
             httpcore.URL(
