@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -122,37 +123,58 @@ def test_nowhere_else(egress: Egress, echoing: Server) -> None:
     assert echoing.connections == 0
 
 
-def run_proxy(
-    config: Config,
-    resolve: Callable[[str], Awaitable[list[Address]]],
-    request: bytes,
-    port: int,
-    folder: Path,
-) -> tuple[bytes, list[tuple[str, int]]]:
-    """Answer of a proxy in this process, and the addresses that it dialled; all lead to one port of this machine."""
+def test_a_name_of_this_machine_leads_nowhere(tmp_path: Path, echoing: Server) -> None:
+    """By the resolver of the machine itself."""
+    entry = f'{{ to = "localhost:{echoing.port}", private = true }}'
+    with running_egress(tmp_path, allowing(entry)) as egress:
+        assert egress.ask(connect_to(f"localhost:{echoing.port}")) == refusal("ADDRESS_NOT_ALLOWED")
+        assert "host=localhost" in egress.said("reason=ADDRESS_NOT_ALLOWED")
+    assert echoing.connections == 0
+
+
+Resolve = Callable[[str], Awaitable[list[Address]]]
+Asked = TypeVar("Asked")
+
+
+def with_proxy(
+    config: Config, resolve: Resolve, port: int, folder: Path, ask: Callable[[str], Awaitable[Asked]]
+) -> tuple[Asked, list[tuple[str, int]]]:
+    """What is answered through a proxy in this process, and what it dialled; all leads to a port of this machine."""
     dialled: list[tuple[str, int]] = []
 
     async def dial(address: Address, to: int) -> socket.socket:
         dialled.append((str(address), to))
         return await net.dial(ipaddress.ip_address("127.0.0.1"), port)
 
-    async def main() -> bytes:
+    async def main() -> Asked:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(folder / "proxy.sock"))
             listener.listen(4)
-            proxying = asyncio.ensure_future(Proxy(config, os.geteuid(), resolve=resolve, dial=dial).serve(listener))
-            reader, writer = await asyncio.open_unix_connection(str(folder / "proxy.sock"))
-            writer.write(request)
-            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
-            writer.close()
-            proxying.cancel()
-            await asyncio.wait([proxying])
-            return answer
+            proxy = Proxy(config, os.geteuid(), resolve=resolve, dial=dial)
+            proxying = asyncio.ensure_future(proxy.serve(listener))
+            try:
+                return await ask(str(folder / "proxy.sock"))
+            finally:
+                proxying.cancel()
+                await asyncio.wait([proxying])
 
     return asyncio.run(main()), dialled
 
 
-def answering(*answers: list[str]) -> Callable[[str], Awaitable[list[Address]]]:
+def run_proxy(
+    config: Config, resolve: Resolve, request: bytes, port: int, folder: Path
+) -> tuple[bytes, list[tuple[str, int]]]:
+    async def ask(path: str) -> bytes:
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(request)
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+        writer.close()
+        return answer
+
+    return with_proxy(config, resolve, port, folder, ask)
+
+
+def answering(*answers: list[str]) -> Resolve:
     """A name server that gives another answer each time."""
     left = [[ipaddress.ip_address(text) for text in answer] for answer in answers]
 
@@ -404,6 +426,24 @@ def test_a_server_with_another_name_is_told_nothing(tmp_path: Path, pki: Pki, na
     assert (caught.value.slug, site.requests) == ("EGRESS_TLS", [])
 
 
+@pytest.mark.parametrize(("names", "good"), [(("vault.example",), True), (("other.example", "127.0.0.1"), False)])
+def test_a_name_must_be_in_the_certificate(tmp_path: Path, pki: Pki, names: tuple[str, ...], good: bool) -> None:
+    site = Website(pki.server(*names), [http(SECRET)])
+
+    async def ask(path: str) -> str:
+        remote = Remote("vault.example:8200", ca_file=pki.file, socket=path)
+        try:
+            return (await remote.request("POST", "/", timeout=PATIENCE)).body.decode()
+        except AgentError as error:
+            return error.slug
+
+    with serving(site) as (server,):
+        said, dialled = with_proxy(vault(), answering([REAL]), server.port, tmp_path, ask)
+    assert said == (SECRET.decode() if good else "EGRESS_TLS")
+    assert dialled == [(REAL, 8200)]
+    assert len(site.requests) == (1 if good else 0)
+
+
 def test_a_server_without_tls_is_told_nothing(tmp_path: Path, pki: Pki) -> None:
     seen: list[bytes] = []
 
@@ -435,6 +475,9 @@ def test_an_old_tls_is_refused(tmp_path: Path, pki: Pki) -> None:
         b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nallow: all but",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n64\r\nallow: all but",
         b"HTTP/1.0 200 OK\r\n\r\nallow: all but",
+        b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n64\r\nallow: all but",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\nallow: all but",
+        b"HTTP/1.1 101 Go\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\nallow: all but",
         b"HTTP/1.1 200 OK\r\nContent-Len",
     ],
 )

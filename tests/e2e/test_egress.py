@@ -80,6 +80,17 @@ def test_an_allowed_server_is_asked_over_tls_that_the_proxy_cannot_read(tmp_path
     assert re.fullmatch(rf"<6>connection {words} sent=\d+ received=\d+ seconds=\d+\.\d+", line)
 
 
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 on this machine")
+def test_an_ipv6_address_is_asked(tmp_path: Path, pki: Pki) -> None:
+    site = Website(pki.server("::1"), [http(SECRET)])
+    with serving(site, host="::1") as (server,):
+        where = f"[::1]:{server.port}"
+        with running_egress(tmp_path, allowing(f'"{where}"')) as egress:
+            remote = Remote(where, ca_file=pki.file, socket=egress.socket)
+            assert asyncio.run(remote.request("GET", "/", timeout=PATIENCE)).body == SECRET
+    assert f"host: {where}\r\n".encode() in site.requests[0]
+
+
 def test_a_destination_that_is_not_listed_is_denied(tmp_path: Path, pki: Pki) -> None:
     site = Website(pki.server("127.0.0.1"), [http(SECRET)])
     with serving(site) as (server,), running_egress(tmp_path, allowing('"127.0.0.1:1"')) as egress:

@@ -159,7 +159,7 @@ class Remote:
         if {name.lower() for name in headers} & {*own, "transfer-encoding"}:
             raise Misuse("EGRESS_BAD_REQUEST", "how a request is framed is not the caller's to say")
         return httpcore.Request(
-            method,
+            method.encode("ascii"),
             httpcore.URL(
                 scheme=b"https", host=self._to.host.encode(), port=self._to.port, target=path.encode("ascii")
             ),
@@ -193,12 +193,12 @@ class Remote:
             return await self._read(request, response, again=again)
         except httpcore.ConnectError as error:
             if isinstance(error.__cause__, ssl.SSLError):
-                raise _fault("EGRESS_TLS", "the other side is not who it must be", again=True) from error
+                raise DeviceFault("EGRESS_TLS", "the other side is not who it must be") from error
             raise _unreachable() from error
         except (httpcore.RemoteProtocolError, httpcore.ReadError, httpcore.WriteError) as error:
             raise _fault("EGRESS_BAD_ANSWER", "the answer is not whole, or not HTTP", again=again) from error
         except ssl.SSLError as error:
-            raise _fault("EGRESS_TLS", "the connection was tampered with", again=again) from error
+            raise DeviceFault("EGRESS_TLS", "the connection was tampered with", outcome_unknown=not again) from error
         finally:
             await tunnel.aclose()
 

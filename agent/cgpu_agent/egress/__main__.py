@@ -65,10 +65,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _listener() -> socket.socket | None:
-    descriptors = list(passed_descriptors().values())
-    if len(descriptors) != 1:
+    descriptors = passed_descriptors()
+    if descriptors.keys() != {"egress"}:
         return None
-    sock = socket.socket(fileno=descriptors[0])
+    sock = socket.socket(fileno=descriptors["egress"])
     return sock if (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM) else None
 
 

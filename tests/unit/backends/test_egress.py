@@ -146,6 +146,7 @@ def test_who_does_not_answer_is_not_waited_for(tmp_path: Path, pki: Pki, method:
         {"headers": {"Transfer-Encoding": "chunked"}},
         {"headers": {"CONNECTION": "keep-alive"}},
         {"method": "GE T"},
+        {"method": "G\u00c9T"},
     ],
 )
 def test_what_http_cannot_say_is_the_callers_mistake(tmp_path: Path, pki: Pki, bad: dict[str, object]) -> None:
