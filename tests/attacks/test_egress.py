@@ -22,7 +22,7 @@ import pytest
 from cgpu_agent.backends.egress import Answer, Remote
 from cgpu_agent.egress import net
 from cgpu_agent.egress.config import Config, parse
-from cgpu_agent.egress.proxy import Proxy
+from cgpu_agent.egress.proxy import MAX_ADDRESSES, Proxy
 from cgpu_agent.errors import AgentError, Unavailable
 from cgpu_agent.wire.egress import MAX_HEAD, Address, encode_answer
 from fixtures.egress import (
@@ -231,6 +231,14 @@ def test_a_private_address_is_for_entries_that_say_so(tmp_path: Path, echoing: S
     answer, dialled = run_proxy(vault(private=private), answering(["10.1.2.3"]), VAULT, echoing.port, tmp_path)
     assert answer == refusal("CONNECTED" if private else "ADDRESS_NOT_ALLOWED")
     assert dialled == ([("10.1.2.3", 8200)] if private else [])
+
+
+def test_a_name_with_many_addresses_does_not_have_them_all_tried(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    many = answering([f"93.184.215.{number}" for number in range(200)])
+    answer, dialled = run_proxy(vault(), many, VAULT, port, tmp_path)
+    assert (answer, len(dialled)) == (refusal("UNREACHABLE"), MAX_ADDRESSES)
 
 
 def test_a_name_without_an_address_leads_nowhere(tmp_path: Path, echoing: Server) -> None:

@@ -211,7 +211,9 @@ class Remote:
         async for part in response.aiter_stream():
             body += part
             if len(body) > self._max_body:
-                raise _fault("EGRESS_TOO_LARGE", "the answer is larger than it may be", again=again)
+                raise DeviceFault(
+                    "EGRESS_TOO_LARGE", "the answer is larger than it may be", outcome_unknown=not again
+                )
         return Answer(response.status, headers, bytes(body))
 
 

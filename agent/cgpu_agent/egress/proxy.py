@@ -163,10 +163,10 @@ async def _request(sock: socket.socket) -> Destination:
     loop = asyncio.get_running_loop()
     head = b""
     while HEAD_END not in head:
-        part = await loop.sock_recv(sock, MAX_HEAD + 1 - len(head))
-        head += part
-        if not part or len(head) > MAX_HEAD:
+        part = await loop.sock_recv(sock, MAX_HEAD - len(head))
+        if not part:  # Its end, or no room for more.
             raise HostileInput("BAD_REQUEST", "no request within its bounds")
+        head += part
     return parse_request(head)
 
 
