@@ -19,6 +19,7 @@ from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
 from cgpu_agent.backends.gpu.software.client import SoftwareGpus
 from cgpu_agent.backends.keys.credential import CredentialKeys
 from cgpu_agent.backends.logs import SystemLogs
+from cgpu_agent.backends.notify import Notifier, passed_descriptors
 from cgpu_agent.backends.platform.detect import detect
 from cgpu_agent.backends.platform.store import PlatformStore
 from cgpu_agent.backends.platform.tsm import ConfigFs
@@ -31,7 +32,6 @@ from cgpu_agent.daemon import status
 from cgpu_agent.daemon.build import build_digest
 from cgpu_agent.daemon.config import Config, GpuConfig
 from cgpu_agent.daemon.gpus import load_judge, load_rules
-from cgpu_agent.daemon.notify import Notifier, passed_descriptors
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded
 from cgpu_agent.daemon.watchdog import Watchdog
