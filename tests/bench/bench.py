@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from brokers import openbao
 from domain import group_commit
 from gpus import gpus
 from lanes import gpus_in_bundles
@@ -103,6 +104,10 @@ def measure(world: World, home: Path, effort: Effort, say: Callable[[str], None]
     found["GPUs"], lacking = gpus(rounds=effort.rounds // 2, times=effort.gpu_times)
     if lacking:
         print(f"GPUs: {lacking}", file=sys.stderr)
+    say("key brokers")
+    found["key brokers"], lacking = openbao(home / "b", rounds=effort.rounds // 2, seconds=effort.evidence_seconds)
+    if lacking:
+        print(f"key brokers: {lacking}", file=sys.stderr)
     say("start")
     found["start"] = cold_start(world, effort.starts)
     return found

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +15,28 @@ import pytest
 from cgpu_agent.backends.base import ReleasedKey
 from cgpu_agent.backends.keys.openbao import OpenBao, OpenBaoConfig
 from cgpu_agent.errors import AgentError, Denied, Unavailable
-from cgpu_agent.service import config as configuration
-from cgpu_agent.service import material
 from cgpu_agent.wire.bundle import KeyRelease
 from cgpu_agent.wire.strictjson import b64
 from fixtures.bundles import caller
-from fixtures.openbao import POLICY, Bao, DirectHttp, needs_openbao, running_bao, running_cluster, tls_front
-from fixtures.verifier import AUDIENCE, Verifier, bundle, certify_ak, running
+from fixtures.openbao import (
+    ENTRY,
+    PATH,
+    POLICY,
+    RELEASE,
+    SECRET,
+    Bao,
+    DirectHttp,
+    Vm,
+    keep,
+    needs_openbao,
+    running_bao,
+    running_broker,
+    running_cluster,
+    trust,
+)
+from fixtures.verifier import Verifier
 
 pytestmark = needs_openbao
-
-PATH, ENTRY = "models/llama", "kv/data/models/llama"
-SECRET = bytes(range(32))
-RELEASE: dict[str, Any] = {
-    "purpose": "release",
-    "release": KeyRelease("openbao", ENTRY, None),
-    "caller": caller(unit="inference.service"),
-}
-"""What the agent states for the workload that may have the key."""
-
-# So that nothing but OpenBao's role can refuse, the verifier affirms whatever it can verify at all.
-EVERYTHING = """
-@id("require") permit (principal, action == CGpu::Action::"require", resource == CGpu::Part::"platform");
-@id("affirm") permit (principal, action == CGpu::Action::"affirm", resource);
-"""
-
-
-@dataclass
-class Vm:
-    """An ``Attester`` whose statement is ``stated``, by a certified AK or a simulator's."""
-
-    verifier: Verifier
-    stated: Mapping[str, Any] = field(default_factory=lambda: RELEASE)
-    vouched: str = "ak_root"
-
-    async def bundle(self, nonce: bytes, audience: str) -> bytes:
-        certificate = certify_ak(getattr(self.verifier, self.vouched))
-        return bundle(nonce, certificate, audience=audience, **self.stated)
 
 
 @dataclass
@@ -68,10 +52,16 @@ class World:
         return DirectHttp(self.cas, {name.replace("_", "-"): value for name, value in extra.items()})
 
     def release(
-        self, vm: Vm | None = None, *, http: DirectHttp | None = None, path: str = PATH, **changed: Any
+        self,
+        vm: Vm | None = None,
+        *,
+        http: DirectHttp | None = None,
+        path: str = PATH,
+        timeout: float = 30,
+        **changed: Any,
     ) -> ReleasedKey:
         broker = OpenBao(replace(self.config, **changed), http or self.http())
-        return asyncio.run(broker.release(path, vm or Vm(self.verifier), timeout=30))
+        return asyncio.run(broker.release(path, vm or Vm(self.verifier), timeout=timeout))
 
     def refused(self, vm: Vm | None = None, **how: Any) -> AgentError:
         with pytest.raises(AgentError) as caught:
@@ -81,28 +71,8 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with ExitStack() as stack:
-        verifier = Verifier(tmp_path_factory.mktemp("verifier"))
-        (verifier.folder / "policy.cedar").write_text(EVERYTHING)
-        verifier.tables["trust"] += f'\npurposes = ["evidence", "release"]\npolicy = "{verifier.folder}/policy.cedar"'
-        stack.enter_context(running(verifier))
-        front, front_ca = stack.enter_context(tls_front(verifier.port, tmp_path_factory.mktemp("front")))
-        bao = stack.enter_context(running_bao(tmp_path_factory.mktemp("bao")))
-        config = OpenBaoConfig((bao.address,), "shipped", front, AUDIENCE)
-        trust(bao, verifier)
-        yield World(verifier, bao, config, (front_ca, bao.ca))
-
-
-def trust(bao: Bao, verifier: Verifier, **changed: Any) -> None:
-    """Bring up OpenBao as docs/keys-openbao.md says."""
-    bao.put("/sys/mounts/kv", {"type": "kv", "options": {"version": "2"}})
-    bao.trust(material.load(configuration.load(verifier.config)), AUDIENCE, **changed)
-    keep(bao)
-
-
-def keep(bao: Bao, value: str = b64(SECRET)) -> int:
-    """A new version of the entry; its number."""
-    return int(bao.put(f"/{ENTRY}", {"data": {"key": value}})["data"]["version"])
+    with running_broker(tmp_path_factory.mktemp("openbao")) as found:
+        yield World(*found)
 
 
 def client_token(http: DirectHttp) -> str:
@@ -232,14 +202,8 @@ class TestRefusals:
         assert statuses(http) == {"nonce": 200}
 
     def test_another_cas_server_is_not_asked(self, world: World) -> None:
-        error = asyncio.run(reach(world, DirectHttp(world.cas[:1])))
+        error = world.refused(http=DirectHttp(world.cas[:1]), timeout=2)
         assert (error.slug, error.retry_after) == ("BROKER_UNREACHABLE", 5.0)
-
-
-async def reach(world: World, http: DirectHttp) -> AgentError:
-    with pytest.raises(AgentError) as caught:
-        await OpenBao(world.config, http).release(PATH, Vm(world.verifier), timeout=3)
-    return caught.value
 
 
 class TestReplay:
