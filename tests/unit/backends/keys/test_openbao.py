@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import traceback
 from dataclasses import replace
 from typing import Any
@@ -166,7 +167,7 @@ class TestVerifier:
             reply(200, {"audience": AUDIENCE, "expires": 1, "nonce": "00" * 7}),
             reply(200, {"audience": AUDIENCE, "expires": 1, "nonce": "00" * 65}),
             reply(200, {"audience": AUDIENCE, "expires": 1}),
-            reply(404, {"slug": "NOT_FOUND"}),
+            reply(403, {"audience": AUDIENCE, "expires": 1, "nonce": NONCE.hex()}),
             Reply(200, {}, b"<html>"),
         ],
     )
@@ -191,6 +192,16 @@ class TestVerifier:
         shower = Shower()
         shower.hangs = True
         assert refused(Peer(), shower=shower, timeout=0.2).slug == "BROKER_UNREACHABLE"
+
+    def test_evidence_that_comes_too_late_is_not_sent(self) -> None:
+        class Slow(Shower):
+            async def bundle(self, nonce: bytes, audience: str) -> bytes:
+                time.sleep(0.3)  # noqa: ASYNC251 - the whole loop stands still, its timers too
+                return await super().bundle(nonce, audience)
+
+        peer = Peer()
+        assert refused(peer, shower=Slow(), timeout=0.2).slug == "BROKER_UNREACHABLE"
+        assert peer.operations == ["nonce"]
 
 
 class TestLogin:
@@ -239,6 +250,7 @@ class TestRead:
             (reply(400, {"errors": []}), "BROKER_ANSWER"),
             (reply(200, {"data": {"key": b64(SECRET)}}), "BROKER_ANSWER"),
             (reply(200), "BROKER_ANSWER"),
+            (Reply(200, {}, f'{{"data":{{"data":{{"key":"{b64(SECRET)}"}}'.encode()), "BROKER_ANSWER"),
             (reply(204), "BROKER_ANSWER"),
         ],
     )
