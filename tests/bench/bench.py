@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from brokers import openbao
 from domain import group_commit
 from gpus import gpus
 from lanes import gpus_in_bundles
@@ -106,6 +107,10 @@ def measure(world: World, home: Path, effort: Effort, say: Callable[[str], None]
         print(f"GPUs: {lacking}", file=sys.stderr)
     say("sealed objects")
     found["sealed objects"] = objects(rounds=effort.rounds // 2, seconds=effort.offline_seconds)
+    say("key brokers")
+    found["key brokers"], lacking = openbao(home / "b", rounds=effort.rounds // 2, seconds=effort.evidence_seconds)
+    if lacking:
+        print(f"key brokers: {lacking}", file=sys.stderr)
     say("start")
     found["start"] = cold_start(world, effort.starts)
     return found
