@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 from cgpu_agent.cli.parser import build_parser
 from cgpu_agent.daemon import __main__ as daemon
+from cgpu_agent.daemon.brokerconfig import OpenBaoTable, TrusteeTable
 from cgpu_agent.daemon.config import Config, KeyConfig
 from cgpu_agent.domain.core import REMEDIES
 from cgpu_agent.domain.policy import Action
@@ -137,7 +138,7 @@ def _toml(value: Any) -> str:
 def _defaults() -> Iterator[tuple[str, str, Any]]:
     for entry in fields(Config):
         value = getattr(Config(), entry.name)
-        if entry.name == "source":
+        if entry.name == "source" or value is None:
             continue
         if isinstance(value, (str, int)):
             yield "TOP LEVEL", entry.name, value
@@ -155,6 +156,14 @@ def test_every_key_is_told_with_its_default(section: str, key: str, default: Any
     assert found is not None
     told = found.group(1).strip()
     assert told == _toml(default) or int(told, 0) == default
+
+
+@pytest.mark.parametrize("broker", [OpenBaoTable, TrusteeTable])
+def test_every_key_of_a_broker_is_told(broker: type[Any]) -> None:
+    section = parts(CONFIG, "SH")[f"[{broker.__name__.removesuffix('Table').lower()}]"]
+    for entry in fields(broker):
+        default = "" if entry.default is MISSING else f'= "{entry.default}"'
+        assert re.search(rf"^{entry.name} *{default} ?$", section, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("action", Action)

@@ -11,11 +11,12 @@ import asyncio
 import random
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import httpcore
 
@@ -42,6 +43,7 @@ _RETRY_AFTER: Final = 5.0
 _AGAIN: Final = frozenset({"EGRESS_UNREACHABLE", "EGRESS_BAD_ANSWER"})
 """What may be gone with the next connection."""
 _FAILURES: Final = _AGAIN | {"EGRESS_TLS", "EGRESS_TOO_LARGE"}
+_HOSTILE: Final = frozenset({"EGRESS_BAD_ANSWER", "EGRESS_TOO_LARGE"})
 _WITHOUT_BODY: Final = frozenset({204, 304})
 
 
@@ -98,7 +100,6 @@ class Remote:
         destination: ``name:port`` or ``address:port``, as the operator allowed it in ``egress.toml``.
         ca_file: PEM file of the only CAs that may vouch for the server; ``None`` = the system's.
         socket: where ``cgpu-egress`` listens.
-        max_body: bytes of an answer's body, at most.
         jitter: a number of [0, 1).
 
     Raises:
@@ -111,7 +112,6 @@ class Remote:
         *,
         ca_file: Path | None = None,
         socket: str = SOCKET,
-        max_body: int = MAX_BODY,
         breaker: Breaker | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
@@ -122,7 +122,6 @@ class Remote:
             raise Misuse(error.slug, error.message) from None
         self._tls: Final = _tls(ca_file)
         self._socket: Final = socket
-        self._max_body: Final = max_body
         self._breaker: Final = breaker or Breaker()
         self._sleep: Final = sleep
         self._jitter: Final = jitter
@@ -135,8 +134,11 @@ class Remote:
         headers: Mapping[str, str] | None = None,
         body: bytes = b"",
         timeout: float = 30.0,
+        limit: int = MAX_BODY,
     ) -> Answer:
         """The answer, of any status. Idempotent methods have up to ``ATTEMPTS`` attempts, all within ``timeout``.
+
+        ``limit``: bytes of the answer's body, at most.
 
         Raises:
             Misuse: ``EGRESS_BAD_REQUEST``: HTTP cannot say it.
@@ -147,7 +149,7 @@ class Remote:
         again = method in _IDEMPOTENT
         try:
             request = self._request(method, path, headers or {}, body)
-            return await asyncio.wait_for(self._attempts(request, again=again), timeout)
+            return await asyncio.wait_for(self._attempts(request, limit, again=again), timeout)
         except asyncio.TimeoutError:
             self._breaker.note(good=False)
             raise _fault("EGRESS_TIMEOUT", "no answer in time", again=again) from None
@@ -167,13 +169,13 @@ class Remote:
             content=body,
         )
 
-    async def _attempts(self, request: httpcore.Request, *, again: bool) -> Answer:
+    async def _attempts(self, request: httpcore.Request, limit: int, *, again: bool) -> Answer:
         wait, left = _WAIT, ATTEMPTS if again else 1
         while True:
             self._breaker.enter()
             left -= 1
             try:
-                answer = await self._ask(request, again=again)
+                answer = await self._ask(request, limit, again=again)
             except AgentError as error:
                 if error.slug in _FAILURES:
                     self._breaker.note(good=False)
@@ -185,12 +187,12 @@ class Remote:
             await self._sleep(wait * self._jitter())
             wait *= 2
 
-    async def _ask(self, request: httpcore.Request, *, again: bool) -> Answer:
+    async def _ask(self, request: httpcore.Request, limit: int, *, again: bool) -> Answer:
         tunnel = _Tunnel(self._socket, self._to)
         try:
             connection = httpcore.AsyncHTTPConnection(request.url.origin, self._tls, network_backend=tunnel)
             response = await connection.handle_async_request(request)
-            return await self._read(request, response, again=again)
+            return await self._read(request, response, limit, again=again)
         except httpcore.ConnectError as error:
             if isinstance(error.__cause__, ssl.SSLError):
                 raise DeviceFault("EGRESS_TLS", "the other side is not who it must be") from error
@@ -202,7 +204,9 @@ class Remote:
         finally:
             await tunnel.aclose()
 
-    async def _read(self, request: httpcore.Request, response: httpcore.Response, *, again: bool) -> Answer:
+    async def _read(
+        self, request: httpcore.Request, response: httpcore.Response, limit: int, *, again: bool
+    ) -> Answer:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
         bodiless = request.method == b"HEAD" or response.status in _WITHOUT_BODY
         if not bodiless and not headers.keys() & {"content-length", "transfer-encoding"}:
@@ -210,11 +214,57 @@ class Remote:
         body = bytearray()
         async for part in response.aiter_stream():
             body += part
-            if len(body) > self._max_body:
+            if len(body) > limit:
                 raise DeviceFault(
                     "EGRESS_TOO_LARGE", "the answer is larger than it may be", outcome_unknown=not again
                 )
         return Answer(response.status, headers, bytes(body))
+
+
+class Outbound:
+    """``Https`` for a broker: the servers of its configuration, and no others.
+
+    Args:
+        origins: ``https://HOST[:PORT]`` of each, with or without a path.
+        ca_file: as ``Remote``'s.
+        socket: as ``Remote``'s.
+
+    Raises:
+        Misuse: ``BAD_DESTINATION``, ``BAD_CA_FILE``.
+    """
+
+    def __init__(self, origins: Iterable[str], *, ca_file: Path | None = None, socket: str = SOCKET) -> None:
+        names = {_destination(each) for each in origins}
+        self._remotes: Final = {name: Remote(name, ca_file=ca_file, socket=socket) for name in names}
+
+    async def request(
+        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes, timeout: float, limit: int
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """As ``Https.request``. Also raises ``Misuse`` (``BAD_DESTINATION``): not a server of the configuration."""
+        remote = self._remotes.get(_destination(url))
+        if remote is None:
+            raise Misuse("BAD_DESTINATION", "this server is not configured")
+        parts = urlsplit(url)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        try:
+            answer = await remote.request(method, path, headers=headers, body=body, timeout=timeout, limit=limit)
+        except DeviceFault as error:
+            if error.slug in _HOSTILE:
+                raise HostileInput(error.slug, error.message) from error
+            raise
+        return answer.status, answer.headers, answer.body
+
+
+def _destination(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        port = 443 if parts.port is None else parts.port
+    except ValueError:
+        raise Misuse("BAD_DESTINATION", "not a URL") from None
+    if parts.scheme != "https" or not parts.hostname or "@" in parts.netloc or parts.fragment:
+        raise Misuse("BAD_DESTINATION", "not an https URL, or more than server, path and query")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{host}:{port}"
 
 
 class _Tunnel(httpcore.AsyncNetworkBackend):

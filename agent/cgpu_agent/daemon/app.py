@@ -14,10 +14,9 @@ from typing import Any
 import structlog
 
 from cgpu_agent import __version__
-from cgpu_agent.backends.base import Gpus, KeyBroker
+from cgpu_agent.backends.base import Gpus
 from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
 from cgpu_agent.backends.gpu.software.client import SoftwareGpus
-from cgpu_agent.backends.keys.credential import CredentialKeys
 from cgpu_agent.backends.logs import SystemLogs
 from cgpu_agent.backends.notify import Notifier, passed_descriptors
 from cgpu_agent.backends.platform.detect import detect
@@ -29,6 +28,8 @@ from cgpu_agent.backends.vmclock import vm_generation
 from cgpu_agent.daemon import config as configuration
 from cgpu_agent.daemon import logging as journal
 from cgpu_agent.daemon import status
+from cgpu_agent.daemon.brokerconfig import BROKER_TABLES
+from cgpu_agent.daemon.brokers import make_brokers
 from cgpu_agent.daemon.build import build_digest
 from cgpu_agent.daemon.config import Config, GpuConfig
 from cgpu_agent.daemon.gpus import load_judge, load_rules
@@ -60,6 +61,8 @@ from cgpu_agent.wire.bundle import MAX_CERTIFICATE
 _DRAIN_SECONDS = 5.0
 _STATUS_SECONDS = 1.0
 _PROBE_SECONDS = 5.0
+_FIXED = ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "platform", "gpu", "limits", "key", *BROKER_TABLES)
+"""What of the configuration takes a restart."""
 
 log = structlog.get_logger()
 
@@ -170,8 +173,7 @@ class App:
         return PlatformBelow(lambda: detect(self._tpm, store, ConfigFs(), timeout=seconds), timeout=seconds)
 
     def _release(self, config: Config) -> Release:
-        core, credentials = self._core, os.environ.get("CREDENTIALS_DIRECTORY")
-        brokers: dict[str, KeyBroker] = {"credential": CredentialKeys(Path(credentials) if credentials else None)}
+        core = self._core
         keys = {
             each.id: KeySpec(Key(each.id, each.broker, each.group), each.path or each.id, each.seconds)
             for each in config.key
@@ -179,7 +181,7 @@ class App:
         limit = "too many keys were asked for; wait a little"
         return Release(
             keys,
-            brokers,
+            make_brokers(config),
             lambda caller, action, key: self._policy.decide(caller, action, core.facts(), key),
             self._trust_epoch,
             core.audit,
@@ -411,11 +413,7 @@ class App:
         self._notifier.ready()
 
     async def _apply(self, fresh: Config, policy: Policy, judge: GpuJudge) -> None:
-        fixed = [
-            name
-            for name in ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "platform", "gpu", "limits", "key")
-            if getattr(fresh, name) != getattr(self._started_with, name)
-        ]
+        fixed = [name for name in _FIXED if getattr(fresh, name) != getattr(self._started_with, name)]
         self._reload_problem = f"restart to apply changes to {', '.join(fixed)}" if fixed else None
         changed = fresh.source != self._config.source or policy.digest != self._policy.digest
         journal.configure(fresh.log_level)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from cgpu_agent.backends.base import AkAlgorithm, BrokerKind
+from cgpu_agent.daemon.brokerconfig import EgressConfig, Encoding, OpenBaoTable, TrusteeTable
 from cgpu_agent.errors import Misuse
 from cgpu_agent.wire.keyids import KEY_ID
 from cgpu_agent.wire.ready import SOCKET
@@ -138,6 +139,9 @@ class Config:
     platform: PlatformConfig = field(default_factory=PlatformConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     limits: Limits = field(default_factory=Limits)
+    egress: EgressConfig = field(default_factory=EgressConfig)
+    openbao: OpenBaoTable | None = None
+    trustee: TrusteeTable | None = None
     key: tuple[KeyConfig, ...] = ()
     source: bytes = b""
 
@@ -193,6 +197,9 @@ _TABLES: dict[str, type[Any]] = {
     "platform": PlatformConfig,
     "gpu": GpuConfig,
     "limits": Limits,
+    "egress": EgressConfig,
+    "openbao": OpenBaoTable,
+    "trustee": TrusteeTable,
 }
 
 
@@ -213,13 +220,13 @@ def _table(kind: type[T], document: dict[str, Any], where: str, skip: tuple[str,
             values[key] = tuple(_key(each, f"key[{number}]") for number, each in enumerate(value))
         else:
             values[key] = _value(str(hints[key].type), value, name)
+    for name, entry in hints.items():
+        if name not in values and entry.default is MISSING and entry.default_factory is MISSING:
+            raise _bad(f"{where}{name} is missing")
     return kind(**values)
 
 
 def _key(document: dict[str, Any], name: str) -> KeyConfig:
-    for required in ("id", "broker"):
-        if required not in document:
-            raise _bad(f"{name}.{required} is missing")
     key = _table(KeyConfig, document, f"{name}.")
     if not KEY_ID.fullmatch(key.id):
         raise _bad(f"{name}.id must be 1 to 128 letters, digits, dots, dashes, underscores and slashes")
@@ -249,7 +256,7 @@ def _value(annotation: str, value: Any, name: str) -> Any:
         if not isinstance(value, list) or not value or not all(type(v) is int and 0 <= v <= 23 for v in value):
             raise _bad(f"{name} must be a list of PCR indices")
         return tuple(sorted(set(value)))
-    choices = {"LogLevel": get_args(LogLevel), "BrokerKind": get_args(BrokerKind)}
+    choices = {"LogLevel": get_args(LogLevel), "BrokerKind": get_args(BrokerKind), "Encoding": get_args(Encoding)}
     allowed = choices.get(annotation, ("rsa", "ecc", "no"))
     if value not in allowed:
         raise _bad(f"{name} must be one of {', '.join(allowed)}")
@@ -268,6 +275,7 @@ def _check(config: Config) -> None:
         "logs.boot": config.logs.boot,
         "logs.systemd": config.logs.systemd,
         "platform.collateral": config.platform.collateral,
+        "egress.socket": config.egress.socket,
         "tpm.ak_certificate": "/" if tpm.ak_certificate == "nv" else tpm.ak_certificate,
     }
     if config.policy != DEFAULT_POLICY:
@@ -286,11 +294,18 @@ def _check(config: Config) -> None:
     if min(tpm.command_seconds, tpm.request_seconds) < 1 or tpm.request_seconds < tpm.command_seconds:
         raise _bad("tpm.request_seconds must be at least tpm.command_seconds, both at least 1")
     _check_gpu(config.gpu)
+    _check_keys(config)
+    if min(getattr(config.limits, entry.name) for entry in fields(config.limits)) < 1:
+        raise _bad("limits must be at least 1")
+
+
+def _check_keys(config: Config) -> None:
     ids = [key.id for key in config.key]
     if len(set(ids)) != len(ids) or len(ids) > MAX_KEYS:
         raise _bad(f"key: at most {MAX_KEYS} keys, each id once")
-    if min(getattr(config.limits, entry.name) for entry in fields(config.limits)) < 1:
-        raise _bad("limits must be at least 1")
+    for number, key in enumerate(config.key):
+        if key.broker in ("openbao", "trustee") and getattr(config, key.broker) is None:
+            raise _bad(f"key[{number}].broker is {key.broker}, but there is no table [{key.broker}]")
 
 
 def _check_gpu(gpu: GpuConfig) -> None:

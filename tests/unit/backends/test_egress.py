@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cgpu_agent.backends.egress import ATTEMPTS, Answer, Breaker, Remote
-from cgpu_agent.errors import AgentError, DeviceFault, Misuse, Unavailable
+from cgpu_agent.backends.egress import ATTEMPTS, Answer, Breaker, Outbound, Remote
+from cgpu_agent.errors import AgentError, DeviceFault, HostileInput, Misuse, Unavailable
 from fixtures.egress import PATIENCE, Pki, Website, allowing, http, running_egress, serving
 from fixtures.gpusessions import MovableClock
 
@@ -112,11 +112,11 @@ def test_every_status_is_an_answer_and_no_redirect_is_followed(tmp_path: Path, p
     ],
 )
 def test_an_answer_is_bounded_and_is_http(tmp_path: Path, pki: Pki, answer: bytes, slug: str | None) -> None:
-    with asking(tmp_path, site(pki, answer), pki, max_body=100) as ask:
+    with asking(tmp_path, site(pki, answer), pki) as ask:
         if slug is None:
-            assert ask().body == b"x" * 100
+            assert ask(limit=100).body == b"x" * 100
         else:
-            assert refused(ask).slug == slug
+            assert refused(ask, limit=100).slug == slug
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -195,6 +195,54 @@ def test_failures_that_are_not_in_a_row_do_not_add_up() -> None:
     for good in (False, True, False, True, False):
         breaker.note(good=good)
         breaker.enter()
+
+
+# -- as a broker's client has it
+
+
+def by_url(folder: Path, pki: Pki, web: Website) -> tuple[int, bytes]:
+    """Status and body."""
+    with serving(web) as (server,), running_egress(folder, allowing(f'"127.0.0.1:{server.port}"')) as egress:
+        origin = f"https://127.0.0.1:{server.port}"
+        outbound = Outbound([f"{origin}/prefix"], ca_file=pki.file, socket=egress.socket)
+        asked = outbound.request(
+            "POST", f"{origin}/v1/x?y=1", headers={"x-a": "b"}, body=b"hello", timeout=PATIENCE, limit=100
+        )
+        status, _, body = asyncio.run(asked)
+        return status, body
+
+
+def test_a_broker_asks_by_url(tmp_path: Path, pki: Pki) -> None:
+    web = site(pki, http(b"yes", 201))
+    assert by_url(tmp_path, pki, web) == (201, b"yes")
+    assert web.requests[0].startswith(b"POST /v1/x?y=1 HTTP/1.1\r\n")
+    assert web.requests[0].endswith(b"\r\n\r\nhello")
+
+
+def test_an_answer_that_is_too_large_is_hostile_input_to_a_broker(tmp_path: Path, pki: Pki) -> None:
+    with pytest.raises(HostileInput) as caught:
+        by_url(tmp_path, pki, site(pki, http(b"x" * 101)))
+    assert caught.value.slug == "EGRESS_TOO_LARGE"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://other.example/v1",
+        "https://vault.example:8201/",
+        "http://vault.example:8200/",
+        "https://u@vault.example:8200/",
+        "https://vault.example:8200/#x",
+        "https://vault.example:x/",
+        "vault.example:8200",
+        "",
+    ],
+)
+def test_a_broker_asks_nobody_else(pki: Pki, url: str) -> None:
+    outbound = Outbound(["https://vault.example:8200"], ca_file=pki.file)
+    with pytest.raises(Misuse) as caught:
+        asyncio.run(outbound.request("GET", url, headers={}, body=b"", timeout=1, limit=1))
+    assert caught.value.slug == "BAD_DESTINATION"
 
 
 # -- what it is made with

@@ -48,6 +48,21 @@ EVERYTHING: dict[str, Any] = {
         "report_seconds": 20,
     },
     "limits": {"connections": 1, "connections_per_uid": 2, "calls": 3, "calls_per_uid": 4, "keys_per_minute": 5},
+    "egress": {"socket": "/run/x/egress.sock"},
+    "openbao": {
+        "addresses": ["https://a:8200", "https://b:8200"],
+        "role": "r",
+        "verifier": "https://v/x",
+        "audience": "v",
+        "ca_file": "/run/x/ca.pem",
+        "auth_mount": "j",
+        "kv_mount": "k",
+        "field": "f",
+        "encoding": "text",
+        "transit": "transit/decrypt/m",
+        "namespace": "n",
+    },
+    "trustee": {"url": "https://t", "ca_file": "/run/x/ca.pem"},
     "key": [{"id": "models/llama", "broker": "credential", "path": "llama.key", "group": "models", "seconds": 9}],
 }
 
@@ -65,7 +80,7 @@ def with_value(table: str, key: str, value: object) -> dict[str, Any]:
 
 def test_every_key_is_taken() -> None:
     config = parse(EVERYTHING)
-    tables = {"sockets", "tpm", "logs", "platform", "gpu", "limits"}
+    tables = {"sockets", "tpm", "logs", "platform", "gpu", "limits", "egress", "openbao", "trustee"}
     for field in dataclasses.fields(Config):
         if field.name in tables:
             for inner in dataclasses.fields(getattr(config, field.name)):
@@ -91,12 +106,22 @@ def test_every_key_is_taken() -> None:
         ([{"id": "a" * 129, "broker": "credential"}], "key[0].id"),
         ([{"id": "a", "broker": "credential", "seconds": 0}], "key[0].seconds"),
         ([{"id": "a", "broker": "credential", "secret": "s3cr3t"}], "unknown key 'key[0].secret'"),
+        ([{"id": "a", "broker": "openbao"}], "no table [openbao]"),
+        ([{"id": "a", "broker": "trustee"}], "no table [trustee]"),
         ([{"id": "a", "broker": "credential"}] * 2, "each id once"),
         ([{"id": f"a{number}", "broker": "credential"} for number in range(257)], "at most 256"),
     ],
 )
 def test_a_bad_key_is_refused_and_named(keys: object, named: str) -> None:
     assert named in refusal({"key": keys})
+
+
+@pytest.mark.parametrize(
+    ("broker", "missing"), [("openbao", "ca_file"), ("openbao", "addresses"), ("trustee", "url")]
+)
+def test_what_a_broker_needs_is_asked_for(broker: str, missing: str) -> None:
+    table = {name: value for name, value in EVERYTHING[broker].items() if name != missing}
+    assert refusal({broker: table}) == f"{broker}.{missing} is missing"
 
 
 def test_example_names_every_key_there_is() -> None:

@@ -146,7 +146,7 @@ class _Session:
         except HostileInput as error:
             raise _unreadable("what is no answer, or too long") from error
         except AgentError as error:
-            raise _unreachable("it cannot be reached") from error
+            raise _unreachable(f"it cannot be reached ({error.slug})") from error
         if status == _OK:
             return answered, content
         raise _refusal(path, status, content)
