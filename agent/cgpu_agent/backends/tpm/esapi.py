@@ -163,7 +163,7 @@ class Esapi:
         return _content(public)
 
     def create_primary(self, template: bytes, *, null: bool = False) -> tuple[Handle, bytes]:
-        """TPM2_CreatePrimary from a TPMT_PUBLIC in the endorsement or the null hierarchy: the key, its TPMT_PUBLIC."""
+        """TPM2_CreatePrimary from a TPMT_PUBLIC in the endorsement or null hierarchy: the key, its TPMT_PUBLIC."""
         wanted = _sized(TPM2B_PUBLIC, template)
         hierarchy = ESYS_TR.NULL if null else ESYS_TR.ENDORSEMENT
         handle, public, *_ = self._call("CreatePrimary", self._esys.create_primary, None, wanted, hierarchy)

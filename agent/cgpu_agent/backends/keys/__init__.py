@@ -1,0 +1,1 @@
+"""Key brokers: each speaks to one kind of keeper."""
