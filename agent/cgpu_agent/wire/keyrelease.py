@@ -29,6 +29,7 @@ MECHANISMS: Final[Mapping[str, str]] = {
 _PATH = re.compile(r"(?P<name>[0-9A-Za-z-]{1,127})(/(?P<version>[0-9a-f]{32}))?")
 _WRAPPED_KEK: Final = 256
 _MAX_KEY: Final = 8192
+"""As much as a released key may have."""
 _RAW: Final = frozenset({"oct", "oct-HSM"})
 _PKCS8: Final = frozenset({"RSA", "RSA-HSM", "EC", "EC-HSM"})
 
