@@ -99,6 +99,23 @@ class TpmCommands(Protocol):
     def certify(self, key: LoadedKey, by: int, qualifying_data: bytes) -> Signed:
         """TPM2_Certify ``key`` by the persistent key ``by`` (empty auth)."""
 
+    def create_decryption_key(self, policy: bytes) -> LoadedKey:
+        """Make an RSA-2048 decryption key in the null hierarchy that only ``policy`` lets be used; empty auth.
+
+        Each has random bytes in its template: nobody makes it again, and the TPM keeps nothing of it. It ends with
+        its saved context, or with the TPM's next reset.
+
+        Args:
+            policy: 32 bytes, as ``wire.tpm.pcr_policy`` makes them.
+        """
+
+    def rsa_decrypt(self, key: LoadedKey, selection: PcrSelection, ciphertext: bytes, oaep: str | None) -> bytes:
+        """TPM2_RSA_Decrypt by a ``create_decryption_key`` over these PCRs; ``TPM_AUTH`` where one of them changed.
+
+        Args:
+            oaep: hash of OAEP and of its MGF1, with an empty label; ``None``: PKCS #1 v1.5.
+        """
+
     def nv_read(self, index: int) -> bytes | None:
         """Content of an NV index (at most 16 KiB), or ``None`` when it does not exist or was never written."""
 

@@ -55,6 +55,7 @@ ST_ATTEST_QUOTE = 0x8018
 ST_ATTEST_CERTIFY = 0x8017
 
 PCR_COUNT = 24
+_CC_POLICY_PCR = (0x17F).to_bytes(4, "big")
 _MAX_SELECTIONS = 16
 
 
@@ -378,6 +379,15 @@ def pcr_digest(values: Mapping[int, bytes], pcrs: Iterable[int], hash_name: str)
     for index in selected:
         digest.update(values[index])
     return digest.digest()
+
+
+def pcr_policy(selection: PcrSelection, values: Mapping[int, bytes]) -> bytes:
+    """authPolicy (SHA-256) of an object that TPM2_PolicyPCR alone opens, at these values (Part 3, 23.7).
+
+    Raises ``HostileInput``: as ``pcr_digest``.
+    """
+    said = _CC_POLICY_PCR + selection.marshal() + pcr_digest(values, selection.pcrs, "sha256")
+    return hashlib.sha256(bytes(32) + said).digest()
 
 
 def extend(hash_name: str, value: bytes, digest: bytes) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -23,7 +24,10 @@ from cgpu_agent.backends.tpm.transport import Transport
 from cgpu_agent.errors import DeviceFault, HostileInput, Misuse
 from cgpu_agent.wire.tpm import (
     ALG_ECC,
+    ALG_OAEP,
     ALG_RSA,
+    ALG_RSAES,
+    ALG_SHA256,
     HASH_ALGS,
     HASH_SIZES,
     ClockInfo,
@@ -42,6 +46,8 @@ R = TypeVar("R")
 MAX_QUALIFYING_DATA: Final = 48
 """A vTPM whose largest hash is SHA-384 refuses more than 50 bytes; swtpm would take 64."""
 MAX_NV_READ: Final = 16 << 10
+RSA_2048: Final = 256
+"""Bytes of its modulus."""
 _NV_CHUNK: Final = 1024
 _PCRS_PER_READ: Final = 8
 _PCR_READ_ATTEMPTS: Final = 8
@@ -215,6 +221,25 @@ class Commands:
         signer = self._persistent_key(by)
         with self._key(key) as handle:
             return self._esapi.certify(handle, signer, qualifying_data)
+
+    @_with_free_slots
+    def create_decryption_key(self, policy: bytes) -> LoadedKey:
+        if len(policy) != HASH_SIZES["sha256"]:
+            raise Misuse("TPM_ARGUMENT", "the policy of a decryption key is a SHA-256 digest")
+        template = keys.decryption_key(policy, secrets.token_bytes(256))
+        handle, public = self._esapi.create_primary(template, null=True)
+        with self._flushed(handle):
+            _read(parse_public, public)
+            return LoadedKey(self._esapi.context_save(handle), public, b"")
+
+    @_with_free_slots
+    def rsa_decrypt(self, key: LoadedKey, selection: PcrSelection, ciphertext: bytes, oaep: str | None) -> bytes:
+        if len(ciphertext) != RSA_2048:
+            raise Misuse("TPM_ARGUMENT", f"a ciphertext of this key has {RSA_2048} bytes")
+        scheme = (ALG_RSAES,) if oaep is None else (ALG_OAEP, HASH_ALGS[oaep])
+        with self._key(key) as handle, self._flushed(self._esapi.start_policy_session(ALG_SHA256)) as session:
+            self._esapi.policy_pcr(session, selection.marshal())
+            return self._esapi.rsa_decrypt(handle, ciphertext, keys.u16(*scheme), session)
 
     def nv_read(self, index: int) -> bytes | None:
         _check_nv_index(index)

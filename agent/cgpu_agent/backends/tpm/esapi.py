@@ -31,6 +31,7 @@ from tpm2_pytss import (
     TPML_DIGEST_VALUES,
     TPML_PCR_SELECTION,
     TPMS_CONTEXT,
+    TPMT_RSA_DECRYPT,
     TPMT_SIG_SCHEME,
     TPMT_SYM_DEF,
     PyTCTI,
@@ -161,10 +162,11 @@ class Esapi:
         public, *_ = self._call("ReadPublic", self._esys.read_public, key)
         return _content(public)
 
-    def create_primary(self, template: bytes) -> tuple[Handle, bytes]:
-        """TPM2_CreatePrimary from a TPMT_PUBLIC in the endorsement hierarchy: the key and its TPMT_PUBLIC."""
+    def create_primary(self, template: bytes, *, null: bool = False) -> tuple[Handle, bytes]:
+        """TPM2_CreatePrimary from a TPMT_PUBLIC in the endorsement or null hierarchy: the key, its TPMT_PUBLIC."""
         wanted = _sized(TPM2B_PUBLIC, template)
-        handle, public, *_ = self._call("CreatePrimary", self._esys.create_primary, None, wanted, ESYS_TR.ENDORSEMENT)
+        hierarchy = ESYS_TR.NULL if null else ESYS_TR.ENDORSEMENT
+        handle, public, *_ = self._call("CreatePrimary", self._esys.create_primary, None, wanted, hierarchy)
         return Handle(handle), _content(public)
 
     def evict_control(self, key: Handle, tpm_handle: int) -> None:
@@ -261,6 +263,17 @@ class Esapi:
     def policy_secret_endorsement(self, session: Handle) -> None:
         """TPM2_PolicySecret with the endorsement hierarchy's empty auth; expiration 0 asks for no ticket."""
         self._call("PolicySecret", self._esys.policy_secret, ESYS_TR.ENDORSEMENT, session, expiration=0)
+
+    def policy_pcr(self, session: Handle, selection: bytes) -> None:
+        """TPM2_PolicyPCR with the values that these PCRs (TPML_PCR_SELECTION) have now."""
+        pcrs = _argument(TPML_PCR_SELECTION, selection)
+        self._call("PolicyPCR", self._esys.policy_pcr, session, b"", pcrs)
+
+    def rsa_decrypt(self, key: Handle, ciphertext: bytes, scheme: bytes, session: Handle) -> bytes:
+        """TPM2_RSA_Decrypt by a TPMT_RSA_DECRYPT, with an empty label; ``session`` authorises the key."""
+        wanted = _argument(TPMT_RSA_DECRYPT, scheme)
+        plain = self._call("RSA_Decrypt", self._esys.rsa_decrypt, key, ciphertext, wanted, session1=session)
+        return _content(plain)
 
     def activate_credential(
         self, key: Handle, ek: Handle, id_object: bytes, encrypted_secret: bytes, session: Handle | None

@@ -50,19 +50,28 @@ def signing_key(algorithm: AkAlgorithm) -> bytes:
     """A restricted signing key: RSA-2048 RSASSA-SHA256, or ECC P-256 ECDSA-SHA256."""
     attributes = _OWN | ObjectAttributes.SIGN
     if algorithm == "rsa":
-        return _rsa(_head(ALG_RSA, attributes), _u16(ALG_NULL), _u16(ALG_RSASSA, ALG_SHA256), b"")
-    return _ecc(_head(ALG_ECC, attributes), _u16(ALG_NULL), _u16(ALG_ECDSA, ALG_SHA256), (b"", b""))
+        return _rsa(_head(ALG_RSA, attributes), u16(ALG_NULL), u16(ALG_RSASSA, ALG_SHA256), b"")
+    return _ecc(_head(ALG_ECC, attributes), u16(ALG_NULL), u16(ALG_ECDSA, ALG_SHA256), (b"", b""))
 
 
 def storage_parent() -> bytes:
     """The TCG storage key template, ECC P-256 with AES-128-CFB, to be made in the endorsement hierarchy."""
     head = _head(ALG_ECC, _OWN | ObjectAttributes.DECRYPT)
-    return _ecc(head, _AES128_CFB, _u16(ALG_NULL), (bytes(32), bytes(32)))
+    return _ecc(head, _AES128_CFB, u16(ALG_NULL), (bytes(32), bytes(32)))
+
+
+def decryption_key(policy: bytes, unique: bytes) -> bytes:
+    """An RSA-2048 key that decrypts by any scheme, under ``policy`` alone; ``unique``: 256 bytes.
+
+    The attributes are those of the key that Microsoft's guest attestation certifies.
+    """
+    attributes = _OWN & ~(ObjectAttributes.USER_WITH_AUTH | ObjectAttributes.RESTRICTED) | ObjectAttributes.DECRYPT
+    return _rsa(_head(ALG_RSA, attributes, policy), u16(ALG_NULL), u16(ALG_NULL), unique)
 
 
 def nv_public(index: int, size: int, attributes: int = OWNER_INDEX) -> bytes:
     """TPMS_NV_PUBLIC of an ordinary index without a policy; its Name is made with SHA-256."""
-    head = index.to_bytes(4, "big") + _u16(ALG_SHA256) + attributes.to_bytes(4, "big")
+    head = index.to_bytes(4, "big") + u16(ALG_SHA256) + attributes.to_bytes(4, "big")
     return head + sized(b"") + size.to_bytes(2, "big")
 
 
@@ -70,9 +79,9 @@ def endorsement_key(algorithm: AkAlgorithm, nonce: bytes = b"") -> bytes:
     """Template L-1 (RSA-2048) or L-2 (ECC P-256). A manufacturer's ``nonce`` (at most 32 bytes) fills ``unique``."""
     if algorithm == "rsa":
         head = _head(ALG_RSA, _EK, _EK_POLICY)
-        return _rsa(head, _AES128_CFB, _u16(ALG_NULL), nonce.ljust(256, b"\0"))
+        return _rsa(head, _AES128_CFB, u16(ALG_NULL), nonce.ljust(256, b"\0"))
     head = _head(ALG_ECC, _EK, _EK_POLICY)
-    return _ecc(head, _AES128_CFB, _u16(ALG_NULL), (nonce.ljust(32, b"\0"), bytes(32)))
+    return _ecc(head, _AES128_CFB, u16(ALG_NULL), (nonce.ljust(32, b"\0"), bytes(32)))
 
 
 def sized(content: bytes) -> bytes:
@@ -83,17 +92,18 @@ def sized(content: bytes) -> bytes:
 
 def _rsa(head: bytes, symmetric: bytes, scheme: bytes, unique: bytes) -> bytes:
     exponent = bytes(4)  # 0 stands for 65537
-    return head + symmetric + scheme + _u16(2048) + exponent + sized(unique)
+    return head + symmetric + scheme + u16(2048) + exponent + sized(unique)
 
 
 def _ecc(head: bytes, symmetric: bytes, scheme: bytes, unique: tuple[bytes, bytes]) -> bytes:
     x, y = unique
-    return head + symmetric + scheme + _u16(_CURVE_P256, ALG_NULL) + sized(x) + sized(y)
+    return head + symmetric + scheme + u16(_CURVE_P256, ALG_NULL) + sized(x) + sized(y)
 
 
 def _head(kind: int, attributes: int, policy: bytes = b"") -> bytes:
-    return _u16(kind, ALG_SHA256) + int(attributes).to_bytes(4, "big") + sized(policy)
+    return u16(kind, ALG_SHA256) + int(attributes).to_bytes(4, "big") + sized(policy)
 
 
-def _u16(*values: int) -> bytes:
+def u16(*values: int) -> bytes:
+    """16-bit numbers, one after the other."""
     return b"".join(value.to_bytes(2, "big") for value in values)

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from tpm2_pytss import TPM2B_PUBLIC, utils
+from tpm2_pytss import ESYS_TR, TPM2B_PUBLIC, utils
 
 from cgpu_agent.backends.base import AkAlgorithm, KeyBlob, LoadedKey
 from cgpu_agent.backends.tpm import keys, raw
 from cgpu_agent.backends.tpm.commands import Commands
-from cgpu_agent.backends.tpm.esapi import Esapi
+from cgpu_agent.backends.tpm.esapi import Esapi, Handle
 from cgpu_agent.backends.tpm.software import Swtpm
 from cgpu_agent.errors import DeviceFault, Misuse
 from cgpu_agent.wire.tpm import (
+    ALG_RSAES,
     Certified,
     EccKey,
     ObjectAttributes,
     PcrSelection,
     Quoted,
+    RsaKey,
     extend,
     parse_attest,
     parse_public,
     parse_signature,
     pcr_digest,
+    pcr_policy,
 )
 
 pytestmark = pytest.mark.swtpm
@@ -34,6 +38,7 @@ pytestmark = pytest.mark.swtpm
 PLATFORM_AK = 0x81000003
 AUTH = bytes(range(32))
 ALL_PCRS = PcrSelection.of("sha256", range(24))
+BOOT_PCRS = PcrSelection.of("sha256", range(8))
 OWN_SIGNING = (
     ObjectAttributes.FIXED_TPM
     | ObjectAttributes.FIXED_PARENT
@@ -357,3 +362,89 @@ def test_opening_flushes_what_others_left(swtpm: Swtpm) -> None:
     assert left_over(opened) == []
     opened.close()
     other.close()
+
+
+def encrypt(key: LoadedKey, secret: bytes, oaep: str | None) -> bytes:
+    """As somebody does who has the public key alone."""
+    public = parse_public(key.public).key
+    assert isinstance(public, RsaKey)
+    chosen = {"sha1": hashes.SHA1(), "sha256": hashes.SHA256(), "sha384": hashes.SHA384()}
+    scheme = (
+        padding.PKCS1v15()
+        if oaep is None
+        else padding.OAEP(padding.MGF1(chosen[oaep]), algorithm=chosen[oaep], label=None)
+    )
+    return rsa.RSAPublicNumbers(public.exponent, public.modulus).public_key().encrypt(secret, scheme)
+
+
+@pytest.mark.parametrize("oaep", [None, "sha1", "sha256", "sha384"])
+def test_decryption_key_opens_what_was_encrypted_to_it(commands: Commands, oaep: str | None) -> None:
+    key = commands.create_decryption_key(pcr_policy(BOOT_PCRS, commands.pcr_read(BOOT_PCRS)))
+    assert left_over(commands) == [], "it lives in its saved context only"
+    secret = bytes(31) + b"\1" if oaep else b"\1" + bytes(31)
+    assert commands.rsa_decrypt(key, BOOT_PCRS, encrypt(key, secret, oaep), oaep) == secret
+
+
+def test_decryption_key_is_what_the_attestation_service_certifies(commands: Commands) -> None:
+    commands.create_platform_ak(PLATFORM_AK, "rsa")
+    policy = pcr_policy(BOOT_PCRS, commands.pcr_read(BOOT_PCRS))
+    key = commands.create_decryption_key(policy)
+    public = parse_public(key.public)
+    assert public.auth_policy == policy
+    assert public.scheme is None
+    assert public.attributes == (
+        ObjectAttributes.FIXED_TPM
+        | ObjectAttributes.FIXED_PARENT
+        | ObjectAttributes.SENSITIVE_DATA_ORIGIN
+        | ObjectAttributes.NO_DA
+        | ObjectAttributes.DECRYPT
+    )
+    certified = parse_attest(commands.certify(key, PLATFORM_AK, b"").attest).attested
+    assert isinstance(certified, Certified)
+    assert certified.name == public.name
+    # The null hierarchy's: nobody can make it persistent.
+    assert certified.qualified_name == b"\0\x0b" + hashlib.sha256(b"\x40\0\0\7" + public.name).digest()
+
+
+def test_no_two_decryption_keys_are_one(commands: Commands) -> None:
+    policy = pcr_policy(BOOT_PCRS, commands.pcr_read(BOOT_PCRS))
+    assert commands.create_decryption_key(policy).public != commands.create_decryption_key(policy).public
+
+
+def test_decryption_key_ends_when_a_pcr_changes(commands: Commands) -> None:
+    key = commands.create_decryption_key(pcr_policy(BOOT_PCRS, commands.pcr_read(BOOT_PCRS)))
+    ciphertext = encrypt(key, AUTH, "sha256")
+    commands.pcr_extend(8, bytes(32))
+    assert commands.rsa_decrypt(key, BOOT_PCRS, ciphertext, "sha256") == AUTH, "PCR 8 is none of its"
+    commands.pcr_extend(7, bytes(32))
+    with pytest.raises(DeviceFault) as caught:
+        commands.rsa_decrypt(key, BOOT_PCRS, ciphertext, "sha256")
+    assert caught.value.slug == "TPM_AUTH"
+
+
+def test_decryption_key_takes_its_own_pcrs_only(commands: Commands) -> None:
+    key = commands.create_decryption_key(pcr_policy(BOOT_PCRS, commands.pcr_read(BOOT_PCRS)))
+    with pytest.raises(DeviceFault) as caught:
+        commands.rsa_decrypt(key, PcrSelection.of("sha256", [16]), encrypt(key, AUTH, "sha256"), "sha256")
+    assert caught.value.slug == "TPM_AUTH"
+
+
+def test_decryption_key_takes_no_password(commands: Commands) -> None:
+    key = commands.create_decryption_key(pcr_policy(BOOT_PCRS, commands.pcr_read(BOOT_PCRS)))
+    with commands._key(key) as handle, pytest.raises(DeviceFault) as caught:
+        commands._esapi.rsa_decrypt(handle, encrypt(key, AUTH, None), keys.u16(ALG_RSAES), Handle(ESYS_TR.PASSWORD))
+    assert caught.value.slug == "TPM_AUTH"
+
+
+@pytest.mark.parametrize("oaep", [None, "sha256"])
+def test_refuses_to_decrypt_what_is_no_ciphertext(commands: Commands, oaep: str | None) -> None:
+    key = commands.create_decryption_key(pcr_policy(BOOT_PCRS, commands.pcr_read(BOOT_PCRS)))
+    for ciphertext, kind in ((bytes(255), Misuse), (bytes(257), Misuse), (b"\1" * 256, DeviceFault)):
+        with pytest.raises(kind):
+            commands.rsa_decrypt(key, BOOT_PCRS, ciphertext, oaep)
+
+
+def test_refuses_a_policy_of_another_size(commands: Commands) -> None:
+    """An empty one would be met by nobody, or on a TPM with other rules by all."""
+    with pytest.raises(Misuse):
+        commands.create_decryption_key(b"")
