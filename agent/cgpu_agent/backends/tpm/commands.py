@@ -19,6 +19,7 @@ from cgpu_agent.backends.tpm.faults import (
     SLOT_CODES,
     TpmFault,
 )
+from cgpu_agent.backends.tpm.sealing import Sealing
 from cgpu_agent.backends.tpm.transport import Transport
 from cgpu_agent.errors import DeviceFault, HostileInput, Misuse
 from cgpu_agent.wire.tpm import (
@@ -76,6 +77,7 @@ class Commands:
 
     def __init__(self, transport: Transport, *, command_timeout: float = 30.0, deadline: float = math.inf) -> None:
         self._esapi: Final = Esapi(transport, command_timeout=command_timeout, deadline=deadline)
+        self.sealing: Final = Sealing(self._esapi)
         self._persistent: Final[dict[int, Handle]] = {}
         self._nv_chunk = 0
         if self.exclusive:
