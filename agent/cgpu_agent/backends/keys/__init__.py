@@ -1,0 +1,1 @@
+"""Where keys come from that the agent may release."""
