@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -16,11 +17,12 @@ from cgpu_agent.backends.tpm import raw
 from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.backends.tpm.faults import TpmFault
 from cgpu_agent.backends.tpm.software import Swtpm
+from cgpu_agent.backends.tpm.transport import UnixPerCommand, response_code
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.latch import Latch
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import DeviceFault, Misuse, Unavailable
-from cgpu_agent.verifier.approval import _load_key, _sign
+from cgpu_agent.verifier.approval import _load_key, _sign, sign_approval
 from cgpu_agent.wire import approval as approvals
 from cgpu_agent.wire import tpmpolicy
 from cgpu_agent.wire.approval import EPOCH
@@ -33,7 +35,7 @@ pytestmark = pytest.mark.swtpm
 SECRET = b"what the disk of the database is encrypted with"
 CLEAR, STATE = b"\0\0", b"\0\1"
 NV_UNINITIALIZED, POLICY, PCR_CHANGED, POLICY_FAIL, WRONG_DIGEST = 0x14A, 0x126, 0x128, 0x99D, 0x1C4
-BAD_HMAC = 0x9A2
+BAD_HMAC, AUTH_UNAVAILABLE = 0x9A2, 0x12F
 ALL_STEPS = "pcr epoch authorize latch"
 
 
@@ -106,6 +108,19 @@ def test_tpm_refuses_every_omission_and_every_other_order(vault: Vault, thief: T
     vault.open_latch()
     assert thief.steal(steps) == code
     assert thief.steal(ALL_STEPS) == SECRET
+
+
+def test_no_password_stands_in_for_a_policy(vault: Vault, thief: Thief) -> None:
+    vault.open_latch()
+    sealing, ring = thief.tpm.sealing, vault.ring
+    no_ticket = bytes.fromhex("8024 40000007 0000")
+    to_sign = raw.sized(bytes(32)) + bytes.fromhex("0010") + no_ticket
+    for blob, command, parameters in ((ring.keys[0][1], 0x15E, b""), (ring.setter, 0x15D, to_sign)):
+        with sealing._loaded(sealing._storage(ring.parent), blob):
+            (handle,) = left_behind(thief.tpm)
+            with pytest.raises(TpmFault) as caught:
+                vault.swtpm.execute(raw._authorised(command, [handle], parameters))
+            assert caught.value.code == AUTH_UNAVAILABLE
 
 
 @pytest.mark.parametrize("policy", ["nothing", "latch"])
@@ -191,14 +206,17 @@ def test_signature_of_another_authority(vault: Vault) -> None:
 
 def test_approval_of_another_fleet_or_group(vault: Vault, thief: Thief) -> None:
     vault.open_latch()
+    theirs = sign_approval(vault.owner.pem, fleet="fleet-b", groups=[GROUP], pcrs=vault.approval.pcrs, epoch=1)
     for changed in (
-        dataclasses.replace(vault.approval, fleet="fleet-b"),
+        theirs,
+        dataclasses.replace(theirs, fleet=FLEET),
         dataclasses.replace(vault.approval, signatures={"latch": vault.approval.signatures["latch"]}),
         dataclasses.replace(vault.approval, signatures={GROUP: vault.approval.signatures["latch"]}),
     ):
         assert refused(lambda each=changed: vault.unseal(each)) == "KEY_NOT_APPROVED"  # type: ignore[misc]
-    latch = sealed._for_the_tpm(vault.approval, "latch")
-    assert thief.steal(ALL_STEPS, latch) == POLICY_FAIL
+    for each, group in ((theirs, GROUP), (vault.approval, "latch")):
+        assert thief.steal(ALL_STEPS, sealed._for_the_tpm(each, group)) == POLICY_FAIL
+    assert vault.unseal(theirs, vault.approval) == SECRET
 
 
 def test_approval_of_an_epoch_that_is_over(vault: Vault, thief: Thief) -> None:
@@ -412,6 +430,57 @@ def test_nobody_else_can_use_a_salted_session(vault: Vault, thief: Thief, salted
             assert caught.value.code == BAD_HMAC
         else:
             assert SECRET in vault.swtpm.execute(hijack)
+
+
+class Interloper:
+    """Between agent and TPM: before each use of a policy session it tries to use that session without its key.
+
+    It sends the agent's own command with the authorisation that an unsalted session would take.
+    """
+
+    exclusive = True
+    HANDLES: ClassVar = {0x15E: 1, 0x15D: 1, 0x137: 2}
+    """Of Unseal, Sign and NV_Write."""
+
+    def __init__(self, inner: UnixPerCommand) -> None:
+        self.inner = inner
+        self.refused: list[tuple[int, int]] = []
+        self.signed: list[bytes] = []
+
+    def transact(self, command: bytes, deadline: float) -> bytes:
+        code = int.from_bytes(command[6:10], "big")
+        if code in self.HANDLES:
+            area = 10 + 4 * self.HANDLES[code]
+            size = int.from_bytes(command[area : area + 4], "big")
+            auth = command[area + 4 : area + 8] + bytes.fromhex("0000 01 0000")
+            rest = command[area + 4 + size :]
+            hijack = raw._command(code, command[10:area] + len(auth).to_bytes(4, "big") + auth + rest, raw._SESSIONS)
+            self.refused.append((code, response_code(self.inner.transact(hijack, deadline))))
+        if code == 0x160:
+            self.signed.append(command[18:])
+        return self.inner.transact(command, deadline)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def test_every_session_that_the_agent_primes_is_the_agents_alone(vault: Vault) -> None:
+    interloper = Interloper(vault.swtpm.transport())
+    vault.tpm = Commands(interloper)
+    vault.open_latch()
+    assert vault.unseal() == SECRET
+    assert interloper.refused == [(0x15D, BAD_HMAC), (0x137, BAD_HMAC), (0x15E, BAD_HMAC)]
+
+
+def test_what_the_setter_signs_names_the_session_and_the_write(vault: Vault) -> None:
+    interloper = Interloper(vault.swtpm.transport())
+    vault.tpm = Commands(interloper)
+    vault.open_latch()
+    (sent,) = interloper.signed
+    nonce_size = int.from_bytes(sent[:2], "big")
+    cp_hash = sent[2 + nonce_size + 2 :][:32]
+    assert nonce_size == 32
+    assert cp_hash == tpmpolicy.nv_write_hash(vault.ring.latch.name(written=False), OPEN)
 
 
 def test_extend_while_a_key_is_opened_only_costs_another_try(vault: Vault) -> None:

@@ -37,7 +37,7 @@ EPOCH: Final = NvIndex(
 """The counter of epochs. Equal in all VMs, so that an owner approves a boot for a whole fleet at once.
 
 Whoever has access to the TPM may raise it: that denies service, which is theirs anyway; nobody can lower it, not even
-by defining it anew (Part 1, 37.2.4).
+by defining it anew (Part 3, 31.8).
 """
 
 _NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")

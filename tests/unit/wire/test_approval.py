@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.approval import sign_approval
@@ -83,6 +85,17 @@ def test_large_and_repeated_input_is_refused() -> None:
         with pytest.raises(HostileInput) as caught:
             parse_approval(data)
         assert caught.value.slug == slug
+
+
+@given(st.integers(0, len(APPROVAL.encode()) - 1), st.binary(max_size=3))
+def test_altered_file_is_refused_or_is_another_approval(position: int, change: bytes) -> None:
+    data = APPROVAL.encode()
+    altered = data[:position] + change + data[position + 1 :]
+    try:
+        found = parse_approval(altered)
+    except HostileInput:
+        return
+    assert (found == APPROVAL) == (json.loads(altered) == json.loads(data))
 
 
 def test_all_that_an_approval_says_is_in_what_is_signed() -> None:

@@ -235,6 +235,22 @@ def test_storage_key_is_made_once_and_is_the_same_again_after_eviction(tpm: Comm
     assert not tpm.sealing.holds(tpmpolicy.name_of(b"another"))
 
 
+def test_no_session_is_salted_to_a_storage_key_that_is_not_meant(swtpm: Swtpm, tmp_path: Path) -> None:
+    vault = Vault(swtpm, tmp_path / "keys")
+    ring, other = vault.ring, tpmpolicy.name_of(b"another")
+    approved = sealed._for_the_tpm(vault.approval, "latch")
+    sealing = vault.tpm.sealing
+    for method in (
+        lambda: sealing.seal(other, START, SECRET),
+        lambda: sealing.create_setter(other, START),
+        lambda: sealing.nv_write(ring.latch, OPEN, parent=other, setter=ring.setter, approval=approved),
+        lambda: sealing.unseal(other, ring.setter, approved, ring.latch, OPEN),
+    ):
+        with pytest.raises(Unavailable) as caught:
+            method()
+        assert caught.value.slug == "KEY_LOST"
+
+
 def test_name_of_an_index_is_looked_at_anew_before_each_use(swtpm: Swtpm, tmp_path: Path) -> None:
     """A context that saw the latch unwritten would sign for, and send, a Name that is stale by now."""
     vault = Vault(swtpm, tmp_path / "keys")
