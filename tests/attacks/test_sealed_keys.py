@@ -25,7 +25,7 @@ from cgpu_agent.errors import DeviceFault, Misuse, Unavailable
 from cgpu_agent.verifier.approval import _load_key, _sign, sign_approval
 from cgpu_agent.wire import approval as approvals
 from cgpu_agent.wire import tpmpolicy
-from cgpu_agent.wire.approval import EPOCH
+from cgpu_agent.wire.approval import EPOCH, Approval
 from cgpu_agent.wire.tpmpolicy import AUTH_READ, NvIndex
 from fixtures.owner import FLEET, GROUP, Owner
 from fixtures.sealedkeys import KEY, Thief, Vault, left_behind, set_owner_auth
@@ -511,9 +511,58 @@ def test_cleared_tpm_has_lost_the_keys(vault: Vault) -> None:
 
 def test_evicted_storage_key_is_made_again(vault: Vault) -> None:
     vault.open_latch()
-    esapi = vault.tpm._esapi
-    esapi.evict_control(esapi.object_at(templates.STORAGE_HANDLE), templates.STORAGE_HANDLE)
+    evict_storage_key(vault.swtpm)
     assert vault.unseal() == SECRET
+
+
+def test_what_was_undefined_is_mended_by_an_operators_word(vault: Vault, thief: Thief) -> None:
+    sealing, ring = thief.tpm.sealing, vault.ring
+    evict_storage_key(vault.swtpm)
+    for index in (EPOCH.index, LATCH_HANDLE, ring.head.index):
+        sealing.nv_undefine(index)
+    assert refused(lambda: vault.keys.list(vault.tpm)) == "KEYS_MISMATCH"
+    assert refused(lambda: adopt(vault, vault.approval)) == "KEY_APPROVAL_OLD"
+    new = vault.owner.approve(vault.tpm, epoch=vault.keys.epoch(vault.tpm))
+    assert adopt(vault, new) == ring.generation
+    vault.keys.open_latch(vault.tpm, [new])
+    assert vault.unseal(new) == SECRET
+
+
+def test_nothing_is_adopted_in_a_boot_that_nobody_approved(vault: Vault) -> None:
+    vault.tpm.pcr_extend(7, b"\1" * 32)
+    assert refused(lambda: adopt(vault, vault.approval)) == "KEY_NOT_APPROVED"
+
+
+def test_only_the_keys_of_the_named_owner_are_adopted(vault: Vault) -> None:
+    other = Owner().approve(vault.tpm)
+    assert refused(lambda: adopt(vault, vault.approval, authority=other.authority)) == "KEYS_MISMATCH"
+
+
+def adopt(vault: Vault, *approvals: Approval, authority: bytes | None = None) -> int:
+    return vault.keys.adopt(vault.tpm, authority=authority or vault.owner.spki, approvals=approvals)
+
+
+def test_keys_whose_file_is_gone_are_not_given_up_unasked(vault: Vault) -> None:
+    """Somebody mounts the wrong disk: making new keys would undefine what the old ones need."""
+    file = vault.folder / "keys"
+    kept = file.read_bytes()
+    file.unlink()
+    create = {"authority": vault.owner.spki, "fleet": FLEET, "approvals": [vault.approval]}
+    assert refused(lambda: vault.keys.create(vault.tpm, **create)) == "KEYS_EXIST"  # type: ignore[arg-type]
+    file.write_bytes(kept)
+    vault.open_latch()
+    assert vault.unseal() == SECRET
+    file.unlink()
+    vault.keys.create(vault.tpm, **create, replace_lost=True)  # type: ignore[arg-type]
+    assert vault.keys.list(vault.tpm) == ()
+    file.write_bytes(kept)
+    assert refused(vault.unseal) == "KEY_INDEX_LOST"
+
+
+def evict_storage_key(swtpm: Swtpm) -> None:
+    tpm = Commands(swtpm.transport())
+    tpm._esapi.evict_control(tpm._esapi.object_at(templates.STORAGE_HANDLE), templates.STORAGE_HANDLE)
+    tpm.close()
 
 
 def test_key_planted_in_the_place_of_the_storage_key_is_refused(swtpm: Swtpm, tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ class SealedKeys:
         fleet: str,
         approvals: Sequence[Approval],
         owner_auth: bytes = b"",
+        replace_lost: bool = False,
     ) -> None:
         """Make everything that keys need, and no key yet.
 
@@ -171,6 +172,7 @@ class SealedKeys:
             fleet: the name of the VMs whose approvals count here.
             approvals: one of the present boot must be among them.
             owner_auth: of the owner hierarchy; nothing later needs it, except to mend an undefined index.
+            replace_lost: give up the keys that this TPM remembers and whose file is not there.
 
         Raises:
             Misuse: ``KEYS_EXIST``, ``KEY_NAME``.
@@ -178,16 +180,43 @@ class SealedKeys:
         _check_name(fleet)
         if self._files.read(_RING) is not None:
             raise Misuse("KEYS_EXIST", "there are sealed keys already")
-        public = tpm.sealing.storage_key(owner_auth)
-        parent = tpmpolicy.name_of(public)
-        if tpm.sealing.nv_content(EPOCH) is None:
-            tpm.sealing.nv_define(EPOCH, owner_auth)
-            tpm.sealing.nv_increment(EPOCH)
+        head = tpm.sealing.nv_public(_HEAD_HANDLE)
+        if head is not None and tpm.sealing.nv_content(head) is not None and not replace_lost:
+            raise Misuse("KEYS_EXIST", "this TPM remembers sealed keys, whose file is not there")
+        parent = tpmpolicy.name_of(tpm.sealing.storage_key(owner_auth))
+        _define_epoch(tpm, owner_auth)
         setter = tpm.sealing.create_setter(parent, _approved_policy(authority, fleet, LATCH_GROUP))
         ring = _Ring(1, fleet, authority, parent, setter, ())
         for index in (ring.latch, ring.head):
             tpm.sealing.nv_define(index, owner_auth)
         self._commit(tpm, ring, approvals)
+
+    def adopt(
+        self, tpm: TpmCommands, *, authority: bytes, approvals: Sequence[Approval], owner_auth: bytes = b""
+    ) -> int:
+        """Take the file on disk for the right one, and define anew what somebody undefined in the TPM.
+
+        For an operator who knows that the disk is not an old one: nothing else tells. Returns the file's generation.
+
+        Args:
+            authority: as the operator knows it: the file is anybody's word here.
+
+        Raises ``Unavailable``: ``NO_KEYS``, ``KEYS_MISMATCH`` for another authority, ``KEY_LOST``.
+        """
+        ring = self._parse(_RING)
+        if ring is None:
+            raise Unavailable("NO_KEYS", "there are no sealed keys, or their file is damaged")
+        if ring.authority != authority:
+            raise Unavailable("KEYS_MISMATCH", "the sealed keys on disk are another owner's")
+        if not tpm.sealing.holds(ring.parent):
+            raise _lost()
+        _define_epoch(tpm, owner_auth)
+        for index in (ring.latch, ring.head):
+            if tpm.sealing.nv_public(index.index) != index:
+                tpm.sealing.nv_define(index, owner_auth)
+        self._write(tpm, ring, ring.head, _digest(ring), approvals)
+        self._files.remove(_NEXT)
+        return ring.generation
 
     def list(self, tpm: TpmCommands) -> tuple[KeyInfo, ...]:
         """All generations of all keys."""
@@ -329,7 +358,7 @@ class SealedKeys:
             if ring is None:
                 continue
             if not tpm.sealing.holds(ring.parent):
-                raise Unavailable("KEY_LOST", "this TPM cannot open the keys any more: it was cleared")
+                raise _lost()
             digest = tpm.sealing.nv_content(ring.head)
             if digest is not None and hmac.compare_digest(digest, _digest(ring)):
                 if found[_NEXT] is not None:
@@ -387,6 +416,17 @@ class SealedKeys:
                     raise
                 refusal = error
         raise refusal
+
+
+def _define_epoch(tpm: TpmCommands, owner_auth: bytes) -> None:
+    """Define the epoch counter where there is none, or none that ever counted: a TPM takes no value of that."""
+    if tpm.sealing.nv_content(EPOCH) is None:
+        tpm.sealing.nv_define(EPOCH, owner_auth)
+        tpm.sealing.nv_increment(EPOCH)
+
+
+def _lost() -> Unavailable:
+    return Unavailable("KEY_LOST", "this TPM cannot open the keys any more: it was cleared, or is another one")
 
 
 def _is_for(each: Approval, ring: _Ring, group: str) -> bool:

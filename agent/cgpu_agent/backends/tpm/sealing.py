@@ -51,6 +51,7 @@ class Sealing:
 
     def __init__(self, esapi: Esapi) -> None:
         self._esapi: Final = esapi
+        self._handles: Final[dict[int, Handle]] = {}
 
     def storage_key(self, owner_auth: bytes = b"") -> bytes:
         template = keys.storage_parent()
@@ -76,19 +77,24 @@ class Sealing:
             self._esapi.nv_define(index.public())
 
     def nv_undefine(self, index: int, owner_auth: bytes = b"") -> None:
-        if self._found(index) is None:
+        found = self._found(index)
+        if found is None:
             return
         with self._owner(owner_auth):
-            self._esapi.nv_undefine(self._esapi.object_at(index))
+            self._esapi.nv_undefine(found[0])
+        del self._handles[index]
 
     def nv_public(self, index: int) -> NvIndex | None:
         found = self._found(index)
-        return None if found is None else found[0]
+        return None if found is None else found[1]
 
     def nv_content(self, index: NvIndex) -> bytes | None:
-        if self._found(index.index) is None:
+        found = self._found(index.index)
+        if found is None:
             return None
-        handle, written = self._present(index)
+        handle, defined, written = found
+        if defined != index:
+            raise _refusal("KEY_INDEX_LOST")
         if not written:
             return None
         data = self._esapi.nv_read(handle, index.size, 0, owner=False)
@@ -181,35 +187,44 @@ class Sealing:
         """The storage key, if it is the one that is meant: sessions are salted to it, so it must not be another's."""
         if not self.holds(parent):
             raise _refusal("KEY_LOST")
-        return self._esapi.object_at(keys.STORAGE_HANDLE)
+        return self._at(keys.STORAGE_HANDLE)
 
     def _storage_public(self) -> bytes | None:
-        try:
-            return self._esapi.read_public(self._esapi.object_at(keys.STORAGE_HANDLE))
-        except TpmFault as fault:
-            if fault.code in ABSENT_HANDLE:
-                return None
-            raise
+        return self._if_there(keys.STORAGE_HANDLE, self._esapi.read_public)
 
     def _present(self, index: NvIndex) -> tuple[Handle, bool]:
         """Refer to an index, and whether it was written."""
         found = self._found(index.index)
-        if found is None or found[0] != index:
+        if found is None or found[1] != index:
             raise _refusal("KEY_INDEX_LOST")
-        return self._esapi.object_at(index.index), found[1]
+        return found[0], found[2]
 
-    def _found(self, index: int) -> tuple[NvIndex, bool] | None:
+    def _found(self, index: int) -> tuple[Handle, NvIndex, bool] | None:
+        """What has this handle, and whether it was written. Also has ESYS learn its present Name."""
+        data = self._if_there(index, self._esapi.nv_read_public)
+        if data is None:
+            return None
         try:
-            data = self._esapi.nv_read_public(self._esapi.object_at(index))
             found = answers.parse_nv_public(data)
-        except TpmFault as fault:
-            if fault.code in ABSENT_HANDLE:
-                return None
-            raise
         except HostileInput as error:
             raise DeviceFault("TPM_ERROR", "an answer of the TPM breaks its format") from error
         defined = NvIndex(found.index, found.attributes & ~tpmpolicy.WRITTEN, found.policy, found.size)
-        return defined, bool(found.attributes & tpmpolicy.WRITTEN)
+        return self._at(index), defined, bool(found.attributes & tpmpolicy.WRITTEN)
+
+    def _if_there(self, handle: int, read: Callable[[Handle], bytes]) -> bytes | None:
+        """What lives at a handle now, whoever put it there since it was asked for last."""
+        try:
+            return read(self._at(handle))
+        except TpmFault as fault:
+            self._handles.pop(handle, None)
+            if fault.code in ABSENT_HANDLE:
+                return None
+            raise
+
+    def _at(self, handle: int) -> Handle:
+        if handle not in self._handles:
+            self._handles[handle] = self._esapi.object_at(handle)
+        return self._handles[handle]
 
     @contextmanager
     def _flushed(self, handle: Handle) -> Iterator[Handle]:

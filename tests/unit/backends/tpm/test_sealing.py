@@ -226,10 +226,10 @@ def test_secrets_that_a_tpm_may_not_take_are_refused(tpm: Commands, size: int) -
     assert caught.value.slug == "TPM_ARGUMENT"
 
 
-def test_storage_key_is_made_once_and_is_the_same_again_after_eviction(tpm: Commands) -> None:
+def test_storage_key_is_made_once_and_is_the_same_again_after_eviction(tpm: Commands, swtpm: Swtpm) -> None:
     first = tpm.sealing.storage_key()
     assert tpm.sealing.storage_key() == first
-    esapi = tpm._esapi
+    esapi = Commands(swtpm.transport())._esapi
     esapi.evict_control(esapi.object_at(templates.STORAGE_HANDLE), templates.STORAGE_HANDLE)
     assert tpm.sealing.holds(tpmpolicy.name_of(first))
     assert not tpm.sealing.holds(tpmpolicy.name_of(b"another"))
