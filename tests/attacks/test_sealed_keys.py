@@ -528,6 +528,38 @@ def test_what_was_undefined_is_mended_by_an_operators_word(vault: Vault, thief: 
     assert vault.unseal(new) == SECRET
 
 
+def define_with_auth(vault: Vault, index: NvIndex) -> None:
+    """Define an index of the same Name with an auth value, which is no part of it."""
+    body = raw.sized(b"the thief's") + raw.sized(index.public())
+    vault.swtpm.execute(raw._authorised(0x12A, [raw.OWNER], body))
+
+
+@pytest.mark.parametrize("which", ["latch", "head", "epoch"])
+def test_index_with_somebodys_auth_opens_nothing_and_is_mended(vault: Vault, thief: Thief, which: str) -> None:
+    index = {"latch": vault.ring.latch, "head": vault.ring.head, "epoch": EPOCH}[which]
+    vault.open_latch()
+    thief.tpm.sealing.nv_undefine(index.index)
+    define_with_auth(vault, index)
+    if which == "epoch":
+        by_auth = bytes.fromhex("40000009 0000 00") + raw.sized(b"the thief's")
+        body = 2 * index.index.to_bytes(4, "big") + len(by_auth).to_bytes(4, "big") + by_auth
+        vault.swtpm.execute(raw._command(0x134, body, raw._SESSIONS))
+    assert refused(vault.unseal) == {"latch": "KEY_LATCH_CLOSED", "head": "KEYS_MISMATCH", "epoch": "TPM_AUTH"}[which]
+    new = vault.owner.approve(vault.tpm, epoch=9)
+    adopt(vault, new)
+    vault.keys.open_latch(vault.tpm, [new])
+    assert vault.unseal(new) == SECRET
+
+
+def test_latch_that_cannot_be_read_is_undefined_at_start(vault: Vault, thief: Thief) -> None:
+    thief.tpm.sealing.nv_undefine(LATCH_HANDLE)
+    define_with_auth(vault, vault.ring.latch)
+    vault.open_latch()
+    assert refused(vault.unseal) == "TPM_AUTH"
+    assert vault.keys.close_latch(vault.tpm, [vault.approval])
+    assert vault.tpm.sealing.nv_public(LATCH_HANDLE) is None
+
+
 def test_nothing_is_adopted_in_a_boot_that_nobody_approved(vault: Vault) -> None:
     vault.tpm.pcr_extend(7, b"\1" * 32)
     assert refused(lambda: adopt(vault, vault.approval)) == "KEY_NOT_APPROVED"

@@ -184,7 +184,8 @@ class SealedKeys:
         if head is not None and tpm.sealing.nv_content(head) is not None and not replace_lost:
             raise Misuse("KEYS_EXIST", "this TPM remembers sealed keys, whose file is not there")
         parent = tpmpolicy.name_of(tpm.sealing.storage_key(owner_auth))
-        _define_epoch(tpm, owner_auth)
+        if tpm.sealing.nv_content(EPOCH) is None:
+            _define_epoch(tpm, owner_auth)
         setter = tpm.sealing.create_setter(parent, _approved_policy(authority, fleet, LATCH_GROUP))
         ring = _Ring(1, fleet, authority, parent, setter, ())
         for index in (ring.latch, ring.head):
@@ -210,10 +211,13 @@ class SealedKeys:
             raise Unavailable("KEYS_MISMATCH", "the sealed keys on disk are another owner's")
         if not tpm.sealing.holds(ring.parent):
             raise _lost()
-        _define_epoch(tpm, owner_auth)
+        try:
+            self.epoch(tpm)
+        except AgentError:
+            _define_epoch(tpm, owner_auth)
         for index in (ring.latch, ring.head):
-            if tpm.sealing.nv_public(index.index) != index:
-                tpm.sealing.nv_define(index, owner_auth)
+            # Also one that looks right: an auth value of somebody's, which does not show, would keep us from reading.
+            tpm.sealing.nv_define(index, owner_auth)
         self._write(tpm, ring, ring.head, _digest(ring), approvals)
         self._files.remove(_NEXT)
         return ring.generation
@@ -316,7 +320,7 @@ class SealedKeys:
     def close_latch(self, tpm: TpmCommands, approvals: Sequence[Approval]) -> bool:
         """Let the TPM open no key any more, whatever state the files are in. True when it had been open.
 
-        Where the latch cannot be written (no approval of this boot) it is undefined, which closes it, too.
+        Where the latch cannot be read, or written (no approval of this boot), it is undefined, which closes it, too.
 
         Raises:
             DeviceFault: ``KEY_LATCH_STUCK`` when it can be neither written nor undefined.
@@ -324,9 +328,9 @@ class SealedKeys:
         found = tpm.sealing.nv_public(LATCH_HANDLE)
         if found is None or replace(found, policy=b"") != NvIndex(LATCH_HANDLE, LATCH_ATTRIBUTES, b"", len(OPEN)):
             return False  # nothing that a key of ours could name
-        if tpm.sealing.nv_content(found) in (None, CLOSED):
-            return False
         try:
+            if tpm.sealing.nv_content(found) in (None, CLOSED):
+                return False
             ring = self._parse(_RING)
             if ring is None:
                 raise Unavailable("NO_KEYS", "there are no sealed keys")
@@ -419,10 +423,9 @@ class SealedKeys:
 
 
 def _define_epoch(tpm: TpmCommands, owner_auth: bytes) -> None:
-    """Define the epoch counter where there is none, or none that ever counted: a TPM takes no value of that."""
-    if tpm.sealing.nv_content(EPOCH) is None:
-        tpm.sealing.nv_define(EPOCH, owner_auth)
-        tpm.sealing.nv_increment(EPOCH)
+    """Define the epoch counter, and count once: a policy takes no value of an index that was not written."""
+    tpm.sealing.nv_define(EPOCH, owner_auth)
+    tpm.sealing.nv_increment(EPOCH)
 
 
 def _lost() -> Unavailable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import AgentError
 from cgpu_agent.wire.approval import Approval
 from fixtures.owner import FLEET, GROUP, Owner
-from fixtures.sealedkeys import KEY, Vault, left_behind
+from fixtures.sealedkeys import KEY, Failing, Vault, left_behind
 
 pytestmark = pytest.mark.swtpm
 
@@ -175,7 +176,53 @@ def test_every_field_of_the_file_counts(vault: Vault, field: str) -> None:
     assert refused(lambda: vault.keys.list(vault.tpm)) == expected
 
 
-# Killed at any moment
+# Whatever fails, and killed at any moment
+
+
+@pytest.mark.parametrize("lose", [False, True])
+def test_creation_that_failed_anywhere_can_be_done_again(swtpm: Swtpm, tmp_path: Path, lose: bool) -> None:
+    owner, failing = Owner(), Failing(swtpm.transport(), lose=lose)
+    approval = owner.approve(Commands(failing), epoch=1000)
+    for fail_at in range(100):
+        folder = tmp_path / f"keys-{fail_at}"
+        keys, tpm = SealedKeys(Store(folder)), Commands(failing)
+        failing.commands, failing.fail_at = [], fail_at
+        create = {"authority": owner.spki, "fleet": FLEET, "approvals": [approval], "replace_lost": True}
+        with contextlib.suppress(AgentError):
+            keys.create(tpm, **create)  # type: ignore[arg-type]
+        finished, failing.fail_at = len(failing.commands) <= fail_at, -1
+        tpm = Commands(failing)
+        try:
+            found = keys.list(tpm)
+        except AgentError:
+            keys.create(tpm, **create)  # type: ignore[arg-type]
+            found = keys.list(tpm)
+        assert found == ()
+        if finished:
+            return
+    pytest.fail("creation takes more commands than were failed")
+
+
+@pytest.mark.parametrize("lose", [False, True])
+def test_change_that_failed_anywhere_was_made_or_was_not(vault: Vault, lose: bool) -> None:
+    failing = Failing(vault.swtpm.transport(), lose=lose)
+    known: list[str] = []
+    for fail_at in range(100):
+        failing.commands, failing.fail_at = [], -1
+        tpm, name = Commands(failing), f"k{fail_at}"
+        failing.commands, failing.fail_at = [], fail_at
+        with contextlib.suppress(AgentError):
+            vault.keys.add(tpm, name, GROUP, [vault.approval], created=1)
+        finished, failing.fail_at = len(failing.commands) <= fail_at, -1
+        vault.reconnect()
+        found = [info.id for info in vault.keys.list(vault.tpm)]
+        assert found in (known, [*known, name])
+        assert found == [*known, name] or not finished
+        known = found
+        if finished:
+            assert len(known) > 1
+            return
+    pytest.fail("a change takes more commands than were failed")
 
 
 def test_a_kill_at_any_moment_loses_no_key_and_brings_none_back(vault: Vault) -> None:

@@ -19,14 +19,13 @@ from cgpu_agent.backends.tpm.answers import parse_sized
 from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.backends.tpm.esapi import Handle
 from cgpu_agent.backends.tpm.software import Swtpm
-from cgpu_agent.backends.tpm.transport import UnixPerCommand
 from cgpu_agent.errors import AgentError, Misuse, Unavailable
 from cgpu_agent.wire import tpmpolicy
 from cgpu_agent.wire.approval import EPOCH
 from cgpu_agent.wire.tpm import PcrSelection
 from cgpu_agent.wire.tpmpolicy import START, NvIndex
 from fixtures.owner import GROUP, Owner
-from fixtures.sealedkeys import Vault, left_behind
+from fixtures.sealedkeys import Failing, Vault, left_behind
 
 pytestmark = pytest.mark.swtpm
 
@@ -132,28 +131,6 @@ def test_name_of_an_authority_and_policy_authorize_are_those_of_the_tpm(tpm: Com
     assert trial.digest() == tpmpolicy.policy_authorize(name, approved.ref)
 
 
-class Failing:
-    """A transport below which one command, counted from 0, is refused without reaching the TPM."""
-
-    exclusive = True
-
-    def __init__(self, inner: UnixPerCommand) -> None:
-        self.inner = inner
-        self.fail_at = -1
-        self.seen = 0
-        self.commands: list[int] = []
-
-    def transact(self, command: bytes, deadline: float) -> bytes:
-        self.seen += 1
-        self.commands.append(int.from_bytes(command[6:10], "big"))
-        if self.seen - 1 == self.fail_at:
-            return bytes.fromhex("8001 0000000a 00000101")  # TPM_RC_FAILURE
-        return self.inner.transact(command, deadline)
-
-    def close(self) -> None:
-        self.inner.close()
-
-
 def test_nothing_is_left_behind_whichever_command_fails(swtpm: Swtpm, tmp_path: Path) -> None:
     vault = Vault(swtpm, tmp_path / "keys")
     vault.add(SECRET)
@@ -164,12 +141,12 @@ def test_nothing_is_left_behind_whichever_command_fails(swtpm: Swtpm, tmp_path: 
         for fail_at in range(60):
             attempts += 1
             tpm = Commands(failing)
-            failing.seen, failing.fail_at, failing.commands = 0, fail_at, []
+            failing.fail_at, failing.commands = fail_at, []
             with contextlib.suppress(AgentError):
                 run(job, tpm, vault)
                 succeeded += 1
             failing.fail_at = -1
-            finished = failing.seen <= fail_at
+            finished = len(failing.commands) <= fail_at
             # What the owner does with a context that says so.
             if tpm.stale:
                 tpm.close()
