@@ -515,6 +515,24 @@ def test_evicted_storage_key_is_made_again(vault: Vault) -> None:
     assert vault.unseal() == SECRET
 
 
+def test_storage_key_swapped_under_the_agent_is_noticed(vault: Vault, thief: Thief) -> None:
+    """A like key of the same hierarchy, but another one: no session may be salted to it."""
+    vault.open_latch()
+    evict_storage_key(vault.swtpm)
+    like = templates.storage_parent()[:-1] + b"\1"
+    handle, _ = thief.esapi.create_primary(like, owner=True)
+    thief.esapi.evict_control(handle, templates.STORAGE_HANDLE)
+    thief.esapi.flush(handle)
+    # ESYS compares it with the one that it saw before; the context is of no use then, and a new one tells.
+    assert refused(vault.unseal) == "TPM_IO"
+    assert vault.tpm.stale
+    vault.reconnect()
+    assert refused(vault.unseal) == "KEY_LOST"
+    evict_storage_key(vault.swtpm)
+    vault.reconnect()
+    assert vault.unseal() == SECRET
+
+
 def test_what_was_undefined_is_mended_by_an_operators_word(vault: Vault, thief: Thief) -> None:
     sealing, ring = thief.tpm.sealing, vault.ring
     evict_storage_key(vault.swtpm)

@@ -38,7 +38,8 @@ _HEAD_ATTRIBUTES: Final = tpmpolicy.POLICY_WRITE | tpmpolicy.AUTH_READ | tpmpoli
 
 _RING, _NEXT = "keys", "keys-next"
 _MAX_TIME: Final = 1 << 40
-_MAX_RAISE: Final = 1 << 16
+_MAX_GENERATION: Final = (1 << 63) - 1
+_MAX_RAISE: Final = 1 << 10
 """Steps of the epoch counter at once: a counter goes up one by one, and each takes the TPM some milliseconds."""
 
 
@@ -57,7 +58,7 @@ class KeyInfo:
     """What may be told of a key.
 
     Attributes:
-        generation: from 1 on; each rotation makes the next.
+        generation: larger is newer; no two keys of a store ever have the same one, removed ones included.
         created: seconds since the epoch, by the host's clock.
     """
 
@@ -125,7 +126,7 @@ class _Ring:
             raise fields.fail(f"the format is not {FORMAT!r}")
         setter = fields.fields("setter")
         ring = cls(
-            fields.integer("generation", 1, (1 << 63) - 1),
+            fields.integer("generation", 1, _MAX_GENERATION),
             fields.text("fleet", 64),
             fields.base64("authority", 128),
             fields.hex("parent", 34, 34),
@@ -184,8 +185,7 @@ class SealedKeys:
         if head is not None and tpm.sealing.nv_content(head) is not None and not replace_lost:
             raise Misuse("KEYS_EXIST", "this TPM remembers sealed keys, whose file is not there")
         parent = tpmpolicy.name_of(tpm.sealing.storage_key(owner_auth))
-        if tpm.sealing.nv_content(EPOCH) is None:
-            _define_epoch(tpm, owner_auth)
+        self._ensure_epoch(tpm, owner_auth)
         setter = tpm.sealing.create_setter(parent, _approved_policy(authority, fleet, LATCH_GROUP))
         ring = _Ring(1, fleet, authority, parent, setter, ())
         for index in (ring.latch, ring.head):
@@ -211,10 +211,7 @@ class SealedKeys:
             raise Unavailable("KEYS_MISMATCH", "the sealed keys on disk are another owner's")
         if not tpm.sealing.holds(ring.parent):
             raise _lost()
-        try:
-            self.epoch(tpm)
-        except AgentError:
-            _define_epoch(tpm, owner_auth)
+        self._ensure_epoch(tpm, owner_auth)
         for index in (ring.latch, ring.head):
             # Also one that looks right: an auth value of somebody's, which does not show, would keep us from reading.
             tpm.sealing.nv_define(index, owner_auth)
@@ -233,10 +230,18 @@ class SealedKeys:
             raise Unavailable("KEY_INDEX_LOST", "the epoch counter is gone")
         return int.from_bytes(value, "big")
 
+    def _ensure_epoch(self, tpm: TpmCommands, owner_auth: bytes) -> None:
+        """Define the epoch counter where none can be read, and count once: no policy takes what was never written."""
+        try:
+            self.epoch(tpm)
+        except AgentError:
+            tpm.sealing.nv_define(EPOCH, owner_auth)
+            tpm.sealing.nv_increment(EPOCH)
+
     def raise_epoch(self, tpm: TpmCommands, minimum: int) -> int:
         """Count the epoch up to at least ``minimum``: approvals of earlier epochs are over. Returns its value.
 
-        Raises ``Misuse``: ``EPOCH_TOO_FAR`` for more than 65536 steps at once.
+        Raises ``Misuse``: ``EPOCH_TOO_FAR`` for more than 1024 steps at once.
         """
         now = self.epoch(tpm)
         if minimum - now > _MAX_RAISE:
@@ -269,7 +274,7 @@ class SealedKeys:
         ring = self._load(tpm)
         if any(info.id == key_id for info, _ in ring.keys):
             raise Misuse("KEY_EXISTS", "there is a key of this name; rotate it instead")
-        return self._add(tpm, ring, KeyInfo(key_id, 1, group, created), approvals, secret)
+        return self._add(tpm, ring, KeyInfo(key_id, ring.generation + 1, group, created), approvals, secret)
 
     def rotate(
         self,
@@ -283,7 +288,8 @@ class SealedKeys:
         """Seal the next generation of a key; earlier ones stay until they are removed. Raises as ``add``."""
         ring = self._load(tpm)
         last, _ = _newest(ring, key_id, None)
-        return self._add(tpm, ring, KeyInfo(key_id, last.generation + 1, last.group, created), approvals, secret)
+        info = replace(last, generation=ring.generation + 1, created=created)
+        return self._add(tpm, ring, info, approvals, secret)
 
     def remove(
         self, tpm: TpmCommands, key_id: str, approvals: Sequence[Approval], *, generation: int | None = None
@@ -339,7 +345,7 @@ class SealedKeys:
             try:
                 tpm.sealing.nv_undefine(LATCH_HANDLE)
             except AgentError as error:
-                raise DeviceFault("KEY_LATCH_STUCK", "the latch is open and cannot be closed") from error
+                raise DeviceFault("KEY_LATCH_STUCK", "the latch may be open, and cannot be closed") from error
         return True
 
     def _add(
@@ -422,12 +428,6 @@ class SealedKeys:
         raise refusal
 
 
-def _define_epoch(tpm: TpmCommands, owner_auth: bytes) -> None:
-    """Define the epoch counter, and count once: a policy takes no value of an index that was not written."""
-    tpm.sealing.nv_define(EPOCH, owner_auth)
-    tpm.sealing.nv_increment(EPOCH)
-
-
 def _lost() -> Unavailable:
     return Unavailable("KEY_LOST", "this TPM cannot open the keys any more: it was cleared, or is another one")
 
@@ -489,7 +489,7 @@ def _key(item: Any) -> tuple[KeyInfo, KeyBlob]:
     fields = Fields(item, "keys.keys")
     info = KeyInfo(
         fields.text("id", 64),
-        fields.integer("generation", 1, 1 << 32),
+        fields.integer("generation", 1, _MAX_GENERATION),
         fields.text("group", 64),
         fields.integer("created", 0, _MAX_TIME),
     )

@@ -190,6 +190,8 @@ class Sealing:
         return self._at(keys.STORAGE_HANDLE)
 
     def _storage_public(self) -> bytes | None:
+        # ESYS salts to the public key that it saw when it was asked for the handle. Asked again, it compares.
+        self._handles.pop(keys.STORAGE_HANDLE, None)
         return self._if_there(keys.STORAGE_HANDLE, self._esapi.read_public)
 
     def _present(self, index: NvIndex) -> tuple[Handle, bool]:

@@ -66,24 +66,37 @@ def test_given_secret_is_kept(vault: Vault, size: int) -> None:
 
 def test_list_tells_no_secrets(vault: Vault) -> None:
     vault.add()
-    assert vault.keys.list(vault.tpm) == (KeyInfo(KEY, 1, GROUP, 1_800_000_000),)
+    (info,) = vault.keys.list(vault.tpm)
+    assert (info.id, info.group, info.created) == (KEY, GROUP, 1_800_000_000)
 
 
 def test_rotation_keeps_the_old_generation_until_it_is_removed(vault: Vault) -> None:
     approvals = [vault.approval]
     vault.add(b"one")
-    assert vault.keys.rotate(vault.tpm, KEY, approvals, created=2, secret=b"two").generation == 2
+    (first,) = vault.keys.list(vault.tpm)
+    second = vault.keys.rotate(vault.tpm, KEY, approvals, created=2, secret=b"two")
+    assert second.generation > first.generation
     vault.open_latch()
     assert vault.unseal() == b"two"
-    assert vault.keys.unseal(vault.tpm, KEY, approvals, generation=1) == (
-        KeyInfo(KEY, 1, GROUP, 1_800_000_000),
-        b"one",
-    )
-    vault.keys.remove(vault.tpm, KEY, approvals, generation=1)
-    assert refused(lambda: vault.keys.unseal(vault.tpm, KEY, approvals, generation=1)) == "KEY_UNKNOWN"
+    assert vault.keys.unseal(vault.tpm, KEY, approvals, generation=first.generation) == (first, b"one")
+    vault.keys.remove(vault.tpm, KEY, approvals, generation=first.generation)
+    gone = first.generation
+    assert refused(lambda: vault.keys.unseal(vault.tpm, KEY, approvals, generation=gone)) == "KEY_UNKNOWN"
     assert vault.unseal() == b"two"
     vault.keys.remove(vault.tpm, KEY, approvals)
     assert refused(vault.unseal) == "KEY_UNKNOWN"
+
+
+def test_no_generation_is_given_twice(vault: Vault) -> None:
+    """Whatever names a key by id and generation never means another one."""
+    seen = set()
+    for _ in range(2):
+        vault.add()
+        for _ in range(2):
+            seen.add(vault.keys.rotate(vault.tpm, KEY, [vault.approval], created=1).generation)
+            vault.keys.remove(vault.tpm, KEY, [vault.approval], generation=max(seen))
+        vault.keys.remove(vault.tpm, KEY, [vault.approval])
+    assert len(seen) == 4
 
 
 def test_what_makes_no_sense_is_refused(vault: Vault) -> None:
@@ -92,7 +105,7 @@ def test_what_makes_no_sense_is_refused(vault: Vault) -> None:
     assert refused(vault.add) == "KEY_EXISTS"
     assert refused(lambda: keys.rotate(tpm, "nobody", approvals, created=1)) == "KEY_UNKNOWN"
     assert refused(lambda: keys.remove(tpm, "nobody", approvals)) == "KEY_UNKNOWN"
-    assert refused(lambda: keys.remove(tpm, KEY, approvals, generation=2)) == "KEY_UNKNOWN"
+    assert refused(lambda: keys.remove(tpm, KEY, approvals, generation=99)) == "KEY_UNKNOWN"
     for bad in ("", "../x", "A", "x" * 65):
         assert refused(lambda bad=bad: keys.add(tpm, bad, GROUP, approvals, created=1)) == "KEY_NAME"  # type: ignore[misc]
         assert refused(lambda bad=bad: keys.add(tpm, "x", bad, approvals, created=1)) == "KEY_NAME"  # type: ignore[misc]
@@ -111,7 +124,7 @@ def test_largest_store_fits_the_largest_file(vault: Vault) -> None:
     vault.add(bytes(128))
     ring = vault.ring
     info, blob = ring.keys[0]
-    longest = KeyInfo("x" * 64, 1 << 32, "y" * 64, 1 << 40)
+    longest = KeyInfo("x" * 64, (1 << 63) - 1, "y" * 64, 1 << 40)
     full = sealed._Ring(
         1, ring.fleet, ring.authority, ring.parent, ring.setter, tuple([(longest, blob)] * sealed.MAX_KEYS)
     )
@@ -229,7 +242,7 @@ def test_a_kill_at_any_moment_loses_no_key_and_brings_none_back(vault: Vault) ->
     """A child adds, rotates and removes until it is killed; what it said was done is done, and the rest is whole."""
     vault.open_latch()
     dice = random.Random(20260101)
-    told: dict[str, str] = {}
+    told: dict[str, list[str]] = {}
     hit = 0
     for round_number in range(ROUNDS):
         reader, writer = os.pipe()
@@ -260,32 +273,29 @@ def test_a_kill_at_any_moment_loses_no_key_and_brings_none_back(vault: Vault) ->
     assert hit > ROUNDS // 4, "too few kills fell into a change"
 
 
-def contents(vault: Vault) -> dict[str, str]:
-    infos = vault.keys.list(vault.tpm)
-    return {
-        f"{info.id}/{info.generation}": vault.keys.unseal(
-            vault.tpm, info.id, [vault.approval], generation=info.generation
-        )[1].hex()
-        for info in infos
-    }
+def contents(vault: Vault) -> dict[str, list[str]]:
+    """Key -> its secrets, the oldest first."""
+    found: dict[str, list[str]] = {}
+    for info in sorted(vault.keys.list(vault.tpm), key=lambda info: info.generation):
+        _, secret = vault.keys.unseal(vault.tpm, info.id, [vault.approval], generation=info.generation)
+        found.setdefault(info.id, []).append(secret.hex())
+    return found
 
 
-def change_until_killed(vault: Vault, seed: int, told: dict[str, str], pipe: int) -> None:
+def change_until_killed(vault: Vault, seed: int, told: dict[str, list[str]], pipe: int) -> None:
     """Never returns."""
     try:
         dice, tpm, approvals = random.Random(seed), Commands(vault.swtpm.transport()), [vault.approval]
         for _ in range(10_000):
-            known = sorted({name.split("/")[0] for name in told})
-            secret = dice.randbytes(16)
+            secret, known = dice.randbytes(16), sorted(told)
             kind = dice.choice(["add", "rotate", "remove"]) if len(known) < 4 else "remove"
             key = dice.choice(known) if known and kind != "add" else f"k{seed}-{dice.randrange(1 << 30)}"
-            if key not in known:
-                kind, after = "add", {**told, f"{key}/1": secret.hex()}
+            if key not in told:
+                kind, after = "add", {**told, key: [secret.hex()]}
             elif kind == "rotate":
-                newest = max(int(name.split("/")[1]) for name in told if name.split("/")[0] == key)
-                after = {**told, f"{key}/{newest + 1}": secret.hex()}
+                after = {**told, key: [*told[key], secret.hex()]}
             else:
-                after = {name: value for name, value in told.items() if name.split("/")[0] != key}
+                after = {name: secrets for name, secrets in told.items() if name != key}
             os.write(pipe, json.dumps({"intent": after}).encode() + b"\n")
             if kind == "add":
                 vault.keys.add(tpm, key, GROUP, approvals, created=1, secret=secret)
