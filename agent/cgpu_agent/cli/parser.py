@@ -381,7 +381,7 @@ def _key(commands: _Commands[argparse.ArgumentParser]) -> None:
         help="approve a boot that does not measure the root file system, all the same",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where to write it")
-    parser.set_defaults(module="key")
+    parser.set_defaults(module="keysign")
 
 
 def _policy(commands: _Commands[argparse.ArgumentParser]) -> None:
