@@ -59,16 +59,18 @@ campaign: dev ## 100,000 mutants of evidence bundles, none may be accepted (MUTA
 
 install: ## install units, configuration, policy and man pages (DESTDIR, PREFIX); the package itself by pip
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system/cgpu-agent.service.d $(DESTDIR)$(PREFIX)/lib/systemd/system/dev-tpmrm0.device.d
-	install -m 644 systemd/cgpu-agent.service systemd/cgpu-ready.service systemd/*.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/
+	install -m 644 systemd/cgpu-agent.service systemd/cgpu-ready.service systemd/cgpu-egress.service systemd/*.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/
 	install -m 644 systemd/cgpu-agent.service.d/*.conf $(DESTDIR)$(PREFIX)/lib/systemd/system/cgpu-agent.service.d/
 	install -m 644 systemd/dev-tpmrm0.device.d/*.conf $(DESTDIR)$(PREFIX)/lib/systemd/system/dev-tpmrm0.device.d/
 	install -D -m 644 systemd/nvidia-persistenced.service.d/zz-cgpu-agent.conf $(DESTDIR)$(PREFIX)/lib/systemd/system/nvidia-persistenced.service.d/zz-cgpu-agent.conf
 	install -D -m 644 systemd/cgpu-agent.sysusers.conf $(DESTDIR)$(PREFIX)/lib/sysusers.d/cgpu-agent.conf
 	install -D -m 644 systemd/cgpu-agent.tmpfiles.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/cgpu-agent.conf
 	install -D -m 644 systemd/config.toml $(DESTDIR)/etc/cgpu-agent/config.toml
+	install -D -m 644 systemd/egress.toml $(DESTDIR)/etc/cgpu-agent/egress.toml
 	install -D -m 644 agent/cgpu_agent/cedar/default.cedar $(DESTDIR)$(PREFIX)/share/cgpu-agent/policy.cedar
 	install -D -m 644 docs/man/cgpuctl.1 $(DESTDIR)$(PREFIX)/share/man/man1/cgpuctl.1
 	install -D -m 644 docs/man/cgpu-agent.8 $(DESTDIR)$(PREFIX)/share/man/man8/cgpu-agent.8
+	install -D -m 644 docs/man/cgpu-egress.8 $(DESTDIR)$(PREFIX)/share/man/man8/cgpu-egress.8
 	install -D -m 644 docs/man/cgpu-ready.8 $(DESTDIR)$(PREFIX)/share/man/man8/cgpu-ready.8
 	install -m 644 systemd/cgpu-verifier.service $(DESTDIR)$(PREFIX)/lib/systemd/system/
 	install -D -m 644 systemd/cgpu-verifier.toml $(DESTDIR)/etc/cgpu-verifier/config.toml
@@ -76,9 +78,9 @@ install: ## install units, configuration, policy and man pages (DESTDIR, PREFIX)
 	install -D -m 644 docs/man/cgpu-agent.toml.5 $(DESTDIR)$(PREFIX)/share/man/man5/cgpu-agent.toml.5
 
 uninstall: ## remove what "install" installed, but the configuration
-	rm -rf $(addprefix $(DESTDIR)$(PREFIX)/lib/systemd/system/,cgpu-agent.service cgpu-agent.socket cgpu-agent-admin.socket cgpu-ready.service cgpu-ready.socket cgpu-verifier.service cgpu-agent.service.d dev-tpmrm0.device.d/50-cgpu-agent.conf nvidia-persistenced.service.d/zz-cgpu-agent.conf)
+	rm -rf $(addprefix $(DESTDIR)$(PREFIX)/lib/systemd/system/,cgpu-agent.service cgpu-agent.socket cgpu-agent-admin.socket cgpu-egress.service cgpu-egress.socket cgpu-ready.service cgpu-ready.socket cgpu-verifier.service cgpu-agent.service.d dev-tpmrm0.device.d/50-cgpu-agent.conf nvidia-persistenced.service.d/zz-cgpu-agent.conf)
 	rm -f $(DESTDIR)$(PREFIX)/lib/sysusers.d/cgpu-agent.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/cgpu-agent.conf $(DESTDIR)$(PREFIX)/share/cgpu-agent/policy.cedar
-	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/man/,man1/cgpuctl.1 man8/cgpu-agent.8 man8/cgpu-ready.8 man8/cgpu-verifier.8 man5/cgpu-agent.toml.5)
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/man/,man1/cgpuctl.1 man8/cgpu-agent.8 man8/cgpu-egress.8 man8/cgpu-ready.8 man8/cgpu-verifier.8 man5/cgpu-agent.toml.5)
 
 dist: dev ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .

@@ -134,7 +134,7 @@ class TestBroker:
         assert 0 < role["token_num_uses"] <= 2
 
     def test_a_purpose_that_is_not_configured_gets_no_token(self, verifier: Verifier, judge: Judge, at: int) -> None:
-        strict = replace(judge, purposes=frozenset({"release"}))
+        strict = replace(judge, party=replace(judge.party, purposes=frozenset({"release"})))
         posted = bundle(nonce_of(judge, at), certify_ak(verifier.ak_root))
         assert refusal(strict.judge(posted, now=at)) == ("statement.purpose", "PURPOSE_NOT_ACCEPTED")
 

@@ -20,6 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from domain import group_commit
+from gpus import gpus
+from lanes import gpus_in_bundles
+from objects import objects
 from offline import offline
 from online import SLOW_QUOTE_SECONDS, World, evidence, front_door, in_turns, one_bundle, quotes, running
 from ratios import Pair, show
@@ -37,11 +41,16 @@ class Effort:
     quote_calls: int
     evidence_seconds: float
     offline_seconds: float
+    gpu_times: int
     starts: int
 
 
-FULL = Effort(rounds=7, door_calls=400, quote_calls=8, evidence_seconds=0.6, offline_seconds=0.4, starts=4)
-QUICK = Effort(rounds=3, door_calls=150, quote_calls=4, evidence_seconds=0.2, offline_seconds=0.1, starts=1)
+FULL = Effort(
+    rounds=7, door_calls=400, quote_calls=8, evidence_seconds=0.6, offline_seconds=0.4, gpu_times=24, starts=4
+)
+QUICK = Effort(
+    rounds=3, door_calls=150, quote_calls=4, evidence_seconds=0.2, offline_seconds=0.1, gpu_times=8, starts=1
+)
 
 
 def memory(world: World) -> list[Pair]:
@@ -76,7 +85,7 @@ def cold_start(world: World, starts: int) -> list[Pair]:
     return [Pair.of("start to READY=1", 'python -c "import grpc"', "s", found["daemon"], found["import"])]
 
 
-def measure(world: World, effort: Effort, say: Callable[[str], None]) -> dict[str, list[Pair]]:
+def measure(world: World, home: Path, effort: Effort, say: Callable[[str], None]) -> dict[str, list[Pair]]:
     """Every section, in the order of the table."""
     found = {"memory": memory(world)}
     say("front door")
@@ -85,8 +94,18 @@ def measure(world: World, effort: Effort, say: Callable[[str], None]) -> dict[st
     found["quotes"] = quotes(world, rounds=effort.rounds, calls=effort.quote_calls)
     say("evidence")
     found["evidence"] = evidence(world, rounds=effort.rounds // 2, seconds=effort.evidence_seconds)
+    say("group commit")
+    found["group commit"] = group_commit(home, rounds=effort.rounds // 2)
+    say("GPUs in bundles")
+    found["GPUs in bundles"] = gpus_in_bundles(rounds=effort.rounds // 2, seconds=effort.offline_seconds)
     say("verification")
     found["verification"] = offline(one_bundle(world), rounds=effort.rounds // 2, seconds=effort.offline_seconds)
+    say("GPUs")
+    found["GPUs"], lacking = gpus(rounds=effort.rounds // 2, times=effort.gpu_times)
+    if lacking:
+        print(f"GPUs: {lacking}", file=sys.stderr)
+    say("sealed objects")
+    found["sealed objects"] = objects(rounds=effort.rounds // 2, seconds=effort.offline_seconds)
     say("start")
     found["start"] = cold_start(world, effort.starts)
     return found
@@ -109,7 +128,7 @@ def main() -> int:
     say("starting")
     # A short path: socket addresses have at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder, running(Path(folder)) as world:
-        found = measure(world, effort, say)
+        found = measure(world, Path(folder), effort, say)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "quick": arguments.quick,

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from itertools import pairwise
+from pathlib import Path
 
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from online import AUDIENCE, NONCE, in_turns
 from ratios import Pair, per_second
 from world import BOOT_LOG, VECTORS
 
 from cgpu_agent.verifier.evidence import RelyingParty, verify_evidence
 from cgpu_agent.verifier.keys import AttestationKey, load_attestation_key
+from cgpu_agent.verifier.platform import endorse_platform
+from cgpu_agent.verifier.platformcase import PlatformEvidence
 from cgpu_agent.verifier.quote import verify_quote
 from cgpu_agent.verifier.replay import replay
 from cgpu_agent.wire import eventlog
 from cgpu_agent.wire.bundle import parse_bundle
+from cgpu_agent.wire.hcl import parse_hcl
+from cgpu_agent.wire.snp import parse_snp_report
+from cgpu_agent.wire.tdx import parse_td_quote
 from cgpu_agent.wire.tpm import parse_signature
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from fixtures.platform import AK, AMD, BATCH, INTEL, PARTY, SNP, TDX
 
 _RATE = "/s"
 
@@ -29,6 +42,8 @@ def offline(bundle: bytes, *, rounds: int, seconds: float) -> list[Pair]:
         _replay(rounds, seconds),
         _quote(rounds, seconds),
         _evidence(bundle, rounds, seconds),
+        _snp(rounds, seconds),
+        _tdx(rounds, seconds),
     ]
 
 
@@ -97,3 +112,50 @@ def _evidence(data: bytes, rounds: int, seconds: float) -> Pair:
 
     title = f"verify_evidence, {len(data) >> 10} KiB"
     return _compare(title, "its two signature checks alone", rounds, seconds, (judge, both))
+
+
+def _links(path: Sequence[x509.Certificate]) -> Callable[[], None]:
+    """Each certificate's signature by the next."""
+
+    def check() -> None:
+        for certificate, issuer in pairwise(path):
+            certificate.verify_directly_issued_by(issuer)
+
+    return check
+
+
+def _judged(evidence: PlatformEvidence) -> Callable[[], object]:
+    def judge() -> object:
+        answer = endorse_platform(evidence, PARTY, ak=AK, root=BATCH)
+        assert answer.endorsed_by != "none", answer.refusal
+        return answer
+
+    return judge
+
+
+def _snp(rounds: int, seconds: float) -> Pair:
+    links, key = _links(AMD.certificates), AMD.vcek.certificate.public_key()
+    report = parse_snp_report(parse_hcl(SNP.report or b"").hardware)
+    signature = encode_dss_signature(report.r, report.s)
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+
+    def bare() -> None:
+        links()
+        key.verify(signature, report.signed, ec.ECDSA(hashes.SHA384()))
+
+    return _compare("HCL report, SEV-SNP", "its three signature checks alone", rounds, seconds, (_judged(SNP), bare))
+
+
+def _tdx(rounds: int, seconds: float) -> Pair:
+    links, pck = _links(INTEL.certificates), INTEL.pck.certificate.public_key()
+    quote = parse_td_quote(TDX.td_quote or b"")
+    point = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), b"\4" + quote.attestation_key)
+    outer, inner = (encode_dss_signature(each.r, each.s) for each in (quote, quote.qe))
+    assert isinstance(pck, ec.EllipticCurvePublicKey)
+
+    def bare() -> None:
+        links()
+        pck.verify(inner, quote.qe.signed, ec.ECDSA(hashes.SHA256()))
+        point.verify(outer, quote.signed, ec.ECDSA(hashes.SHA256()))
+
+    return _compare("HCL report, TDX", "its four signature checks alone", rounds, seconds, (_judged(TDX), bare))

@@ -82,5 +82,5 @@ def _number(value: float, unit: str) -> str:
     if unit == "s":
         return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
     if unit == "B":
-        return f"{value / 2**20:.1f} MiB"
+        return f"{value / 2**20:.1f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
     return f"{value:.0f} {unit}" if value >= 10 else f"{value:.2f} {unit}"

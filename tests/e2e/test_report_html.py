@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,8 @@ from cgpu_agent.verifier.appraisal import appraise
 from cgpu_agent.verifier.evidence import verify_evidence
 from cgpu_agent.verifier.report_html import report
 from fixtures import boots
-from fixtures.bundles import PARTY, PLATFORM_AK, caller, made, name_of, statement
+from fixtures.bundles import PLATFORM_AK, caller, made, name_of, statement
+from fixtures.lanes import board, gpu_judge, honest
 from fixtures.pki import NOW
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -32,13 +32,12 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this mac
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    """A page on which every text of the evidence attacks."""
+    """A page on which every text of the evidence attacks, with GPUs."""
     audience = f"https://relying-party.example/{ATTACK}"
-    party = replace(PARTY, audience=audience, pinned_names=frozenset({name_of(PLATFORM_AK)}))
-    said = statement(audience=audience, caller=caller(unit=ATTACK, container=ATTACK))
-    result = verify_evidence(
-        made(statements=(said,), index=0, **boots.with_command_line(f"/vmlinuz {ATTACK}")), party
-    )
+    party = gpu_judge(audience=audience, pinned_names=frozenset({name_of(PLATFORM_AK)}))
+    said = statement(audience=audience, caller=caller(unit=ATTACK, container=ATTACK), lane="gpus")
+    boot = boots.with_command_line(f"/vmlinuz {ATTACK}")
+    result = verify_evidence(made(statements=(said,), index=0, gpus=honest, **boot), party)
     assert result.accepted, result.refusal
     policy = Policies.load(default_appraisal(), appraisal_schema(), "policy")
     return report(appraise(result, policy, None), at=NOW, gaps=not_proven(result))
@@ -88,6 +87,7 @@ def test_hostile_text_runs_nothing_and_makes_no_element(tmp_path: Path, page: st
     seen = browse(tmp_path, page, "--dump-dom")
     assert "<title>Evidence: " in seen
     assert "<script" not in seen
+    assert all(device.pdi.hex().upper() in seen.upper() for device in board())
     assert "<img" not in seen
     assert seen.count("&lt;script&gt;document.title=") >= 3
 

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from cgpu_agent.service import keygen
+from fixtures.gpu import DRIVER
+from fixtures.lanes import honest, vendor
 from fixtures.verifier import (
     AUDIENCE,
     PATIENCE,
@@ -41,10 +44,55 @@ def verifier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verifier]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def judge_of_gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verifier]:
+    """A service that trusts the throw-away maker of GPUs, and demands two of them."""
+    folder = tmp_path_factory.mktemp("gpus")
+    made = Verifier(folder)
+    for name, signer in (("device", vendor().root), ("rim", vendor().rim_root)):
+        (folder / f"{name}.pem").write_bytes(signer.certificate.public_bytes(Encoding.PEM))
+    (folder / "store").mkdir()
+    for number, rim in enumerate(vendor().rims()):
+        (folder / "store" / f"{number}.xml").write_bytes(rim)
+    made.tables["gpu"] = (
+        f'device_roots = ["{folder}/device.pem"]\nrim_roots = ["{folder}/rim.pem"]\n'
+        f'collateral = "{folder}/store"\ncount = 2\nmin_driver = "{DRIVER}"\n'
+    )
+    with running(made):
+        yield made
+
+
 @pytest.fixture
 def client(verifier: Verifier) -> Iterator[httpx.Client]:
     with verifier.client() as made:
         yield made
+
+
+def test_gpus_are_judged_and_told_in_the_token(judge_of_gpus: Verifier) -> None:
+    with judge_of_gpus.client() as client:
+        nonce, certificate = fresh_nonce(client), certify_ak(judge_of_gpus.ak_root)
+        answer = client.post("/v1/verify", content=bundle(nonce, certificate, lane="gpus", gpus=honest))
+        assert answer.status_code == 200, answer.text
+        found = claims(client, answer.text)
+    gpus = found["submods"]["gpus"]
+    assert found["cgpu.simulated"] is True
+    assert gpus["ear.status"] == "contraindicated"
+    assert (gpus["cgpu.signed"]["measurements"], gpus["cgpu.signed"]["floor"]) == ("match", "kept")
+    assert len(gpus["cgpu.signed"]["devices"]) == 2
+    assert gpus["cgpu.reported"]["ready"] is True
+
+
+def test_gpus_that_are_demanded_must_be_there(judge_of_gpus: Verifier) -> None:
+    with judge_of_gpus.client() as client:
+        nonce, certificate = fresh_nonce(client), certify_ak(judge_of_gpus.ak_root)
+        answer = client.post("/v1/verify", content=bundle(nonce, certificate))
+    assert refusal(answer) == (422, "GPUS_NOT_ASKED", "gpus.lane")
+
+
+def test_gpus_nobody_gave_reference_values_for_are_refused(verifier: Verifier, client: httpx.Client) -> None:
+    nonce, certificate = fresh_nonce(client), certify_ak(verifier.ak_root)
+    answer = client.post("/v1/verify", content=bundle(nonce, certificate, lane="gpus", gpus=honest))
+    assert refusal(answer) == (422, "UNKNOWN_ROOT", "gpus.devices")
 
 
 def metric(client: httpx.Client, name: str) -> float:

@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from cryptography import x509
@@ -18,12 +19,19 @@ from hypothesis import strategies as st
 
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.certificate import load_certificates
+from cgpu_agent.verifier.maa import verify_maa_token
 from cgpu_agent.verifier.platformcase import PlatformEvidence
 from cgpu_agent.verifier.vcek import chip_certificate
 from cgpu_agent.wire.hcl import parse_claims, parse_hcl
 from cgpu_agent.wire.snp import parse_snp_report
-from cgpu_agent.wire.tdx import parse_td_quote, parse_tdreport
+from cgpu_agent.wire.snpcertificates import parse_certificate_table
+from cgpu_agent.wire.tdx import MAX_QUOTE, parse_td_quote, parse_tdreport
+from cgpu_agent.wire.thim import parse_certification, parse_quote_answer
+from fixtures.imds import certification, quote_answer
+from fixtures.maa import CLAIMS as TOKEN_CLAIMS
+from fixtures.maa import TEE, jwks, numbers, party, token, x5c
 from fixtures.platform import AMD, CLAIMS, INTEL, SNP, TD, TDX, TRUSTED_LAUNCH, chip_extensions, hcl_report, judge
+from fixtures.snpcertificates import VCEK, certificate_table
 
 pytestmark = pytest.mark.filterwarnings("ignore:Parsed a serial number which wasn't positive")
 
@@ -39,7 +47,13 @@ SEEDS: dict[Callable[[bytes], object], tuple[bytes, ...]] = {
     parse_snp_report: (AMD.report(CLAIMS),),
     parse_tdreport: (TD.tdreport,),
     parse_td_quote: QUOTES,
+    parse_certification: (certification(),),
+    partial(parse_quote_answer, limit=MAX_QUOTE): (quote_answer(QUOTES[0]),),
+    parse_certificate_table: (
+        certificate_table([(VCEK.bytes, each.public_bytes(Encoding.DER)) for each in AMD.certificates]),
+    ),
 }
+TOKEN = token()
 
 
 def mutated(seeds: tuple[bytes, ...]) -> st.SearchStrategy[bytes]:
@@ -70,7 +84,7 @@ def endorsed(evidence: PlatformEvidence) -> bool:
     return answer.endorsed_by != "none"
 
 
-@pytest.mark.parametrize("parse", SEEDS, ids=lambda parse: parse.__name__)
+@pytest.mark.parametrize("parse", SEEDS, ids=lambda parse: getattr(parse, "func", parse).__name__)
 def test_parsers_refuse_or_read(parse: Callable[[bytes], object]) -> None:
     @settings(max_examples=250, deadline=None)
     @given(mutated(SEEDS[parse]) | st.binary(max_size=200))
@@ -150,3 +164,48 @@ def test_no_byte_of_a_chips_certificate_may_change() -> None:
             leaf: x509.Certificate = load_certificates(der)[0]
             if endorsed(replace(SNP, certificates=(leaf, *AMD.certificates[1:]))):
                 assert leaf.tbs_certificate_bytes == good.tbs_certificate_bytes
+
+
+def vouched(data: bytes, keys: bytes) -> bool:
+    """Whether the token is good; that no check failed in an unknown way is asserted on the way."""
+    answer = verify_maa_token(data, party(jwks=keys))
+    assert answer.refusal is None or answer.refusal.slug != "INTERNAL", answer.refusal
+    return answer.endorsed_by != "none"
+
+
+@settings(max_examples=200, deadline=None)
+@given(mutated((TOKEN,)) | st.binary(max_size=200))
+def test_no_altered_token_is_believed(data: bytes) -> None:
+    assert not vouched(data, jwks()) or data == TOKEN
+
+
+@settings(max_examples=200, deadline=None)
+@given(mutated((jwks(), jwks(numbers()))) | st.binary(max_size=200))
+def test_an_altered_key_set_is_read_or_refused(keys: bytes) -> None:
+    vouched(TOKEN, keys)
+
+
+def _json() -> st.SearchStrategy[object]:
+    scalars = st.none() | st.booleans() | st.integers(-(1 << 40), 1 << 40) | st.text(max_size=8)
+    return st.recursive(
+        scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(TOKEN_CLAIMS)), _json())
+def test_whatever_the_service_signs_is_read_or_refused(name: str, value: object) -> None:
+    vouched(token(claims={**TOKEN_CLAIMS, name: value}), jwks())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(TEE)), _json())
+def test_whatever_the_service_says_of_a_tee_is_read_or_refused(name: str, value: object) -> None:
+    vouched(token(claims={**TOKEN_CLAIMS, "x-ms-isolation-tee": {**TEE, name: value}}), jwks())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["kty", "kid", "n", "e", "x5c", "use", "alg"]), _json())
+def test_whatever_a_key_is_is_read_or_refused(name: str, value: object) -> None:
+    vouched(TOKEN, jwks({**numbers(), name: value}))
+    vouched(TOKEN, jwks({**x5c(), name: value}))

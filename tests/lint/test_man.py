@@ -17,18 +17,20 @@ import pytest
 
 from cgpu_agent.cli.parser import build_parser
 from cgpu_agent.daemon import __main__ as daemon
-from cgpu_agent.daemon.config import Config
+from cgpu_agent.daemon.config import Config, KeyConfig
 from cgpu_agent.domain.core import REMEDIES
 from cgpu_agent.domain.policy import Action
+from cgpu_agent.egress import __main__ as egress
 from cgpu_agent.ready import __main__ as ready
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "man"
 CGPUCTL, DAEMON, CONFIG = PAGES / "cgpuctl.1", PAGES / "cgpu-agent.8", PAGES / "cgpu-agent.toml.5"
-READY = PAGES / "cgpu-ready.8"
+READY, EGRESS = PAGES / "cgpu-ready.8", PAGES / "cgpu-egress.8"
 SECTIONS = {
     CGPUCTL: {"COMMANDS", "OPTIONS", "EXIT STATUS", "ENVIRONMENT", "FILES", "EXAMPLES", "LIMITATIONS", "SEE ALSO"},
     DAEMON: {"OPTIONS", "SIGNALS", "EXIT STATUS", "ENVIRONMENT", "FILES", "EXAMPLES", "LIMITATIONS", "SEE ALSO"},
     CONFIG: {"EXAMPLES", "LIMITATIONS", "SEE ALSO"},
+    EGRESS: {"OPTIONS", "SIGNALS", "EXIT STATUS", "ENVIRONMENT", "FILES", "EXAMPLES", "LIMITATIONS", "SEE ALSO"},
     READY: {"OPTIONS", "SIGNALS", "EXIT STATUS", "ENVIRONMENT", "FILES", "EXAMPLES", "LIMITATIONS", "SEE ALSO"},
 }
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
@@ -102,7 +104,12 @@ def test_the_examples_are_good_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    ("main", "page", "some"), [(daemon.main, DAEMON, {"--config", "--check"}), (ready.main, READY, {"--clear"})]
+    ("main", "page", "some"),
+    [
+        (daemon.main, DAEMON, {"--config", "--check"}),
+        (egress.main, EGRESS, {"--config", "--check"}),
+        (ready.main, READY, {"--clear"}),
+    ],
 )
 def test_options_of_the_daemons_are_told(
     main: Callable[[list[str]], int], page: Path, some: set[str], capsys: pytest.CaptureFixture[str]
@@ -134,6 +141,9 @@ def _defaults() -> Iterator[tuple[str, str, Any]]:
             continue
         if isinstance(value, (str, int)):
             yield "TOP LEVEL", entry.name, value
+        elif entry.name == "key":
+            shown = KeyConfig("shown", "credential")
+            yield from (("[[key]]", inner.name, getattr(shown, inner.name)) for inner in fields(shown)[2:])
         else:
             for inner in fields(value):
                 yield f"[{entry.name}]", inner.name, getattr(value, inner.name)

@@ -13,7 +13,7 @@ from cgpu_agent.daemon.config import Config
 from cgpu_agent.domain.policy import Action
 
 REFERENCE = Path(__file__).resolve().parents[2] / "systemd" / "config.toml"
-TABLES = ("sockets", "tpm", "logs", "gpu", "limits")
+TABLES = ("sockets", "tpm", "logs", "platform", "gpu", "limits")
 
 
 def load(text: str, folder: Path) -> Config:
@@ -37,9 +37,16 @@ def test_every_key_uncommented_is_the_default(tmp_path: Path) -> None:
 
 def test_every_key_is_there() -> None:
     document = configuration.tomllib.loads(uncommented(REFERENCE.read_text()))
-    assert document.keys() == {entry.name for entry in fields(Config)} - {"source"}
+    assert document.keys() == {entry.name for entry in fields(Config)} - {"source", "key"}
     for table in TABLES:
         assert document[table].keys() == {entry.name for entry in fields(getattr(Config(), table))}
+
+
+def test_the_key_that_it_shows_is_taken(tmp_path: Path) -> None:
+    text = REFERENCE.read_text()
+    shown = text[text.index("# [[key]]") : text.index("[limits]")]
+    (key,) = load(re.sub(r"^# ", "", shown, flags=re.MULTILINE), tmp_path).key
+    assert (key.id, key.broker, key.path, key.group) == ("models/llama", "credential", "llama.key", "models")
 
 
 def test_a_key_that_is_only_prose_would_be_noticed(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ UNITS = Path(__file__).resolve().parents[2] / "systemd"
 SERVICE = UNITS / "cgpu-verifier.service"
 REFERENCE = UNITS / "cgpu-verifier.toml"
 EXPOSURE_ALLOWED = 15  # tenths
-PATHS = {"policy", "reference", "certificate", "key", "simulated_certificate", "simulated_key"}
+PATHS = {"policy", "reference", "certificate", "key", "simulated_certificate", "simulated_key", "collateral"}
 """Keys without a default: the file shows an example."""
 
 needs_analyze = pytest.mark.skipif(
@@ -102,7 +102,7 @@ def test_every_key_is_there_with_its_default(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials")
     document: dict[str, Any] = configuration.tomllib.loads(uncommented())
     assert document.keys() == {entry.name for entry in fields(Config)}
-    for table in ("keys", "token", "trust", "enrol", "limits"):
+    for table in ("keys", "token", "trust", "platform", "gpu", "enrol", "limits"):
         kind = type(getattr(configuration.load(REFERENCE), table))
         assert document[table].keys() == {entry.name for entry in fields(kind)}
         for name in PATHS & document[table].keys():

@@ -337,19 +337,19 @@ def cgpuctl(azure: Azure, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_line_says_who_vouches(azure: Azure) -> None:
     milan = "roots/amd_ask_ark_milan.pem"
-    root = ["--ca", "roots/global-virtual-tpm-ca-03.pem", "--ca", "roots/azure-virtual-tpm-root-2023.pem"]
+    root = ["--chain", "roots/global-virtual-tpm-ca-03.pem", "--chain", "roots/azure-virtual-tpm-root-2023.pem"]
     snp, tdx = "snp-milan-trustee-v0", "tdx-trustee-v1"
     cmcp = "snp-cmcp-20260720"
     for arguments, endorsed_by in (
-        (["--report", f"{snp}/hcl_report.bin", "--vcek", f"{snp}/vcek.pem", "--vcek", milan], "amd-sev-snp"),
-        (["--report", f"{tdx}/hcl_report.bin", "--td-quote", f"{tdx}/td_quote.bin"], "intel-tdx"),
+        (["--hcl", f"{snp}/hcl_report.bin", "--vcek", f"{snp}/vcek.pem", "--vcek", milan], "amd-sev-snp"),
+        (["--hcl", f"{tdx}/hcl_report.bin", "--td-quote", f"{tdx}/td_quote.bin"], "intel-tdx"),
         (
-            ["--ak-certificate", f"{TVM}/akcert_0x01C101D0.der", *root, "--at", "2026-08-01T00:00:00Z"],
+            ["--ak-cert", f"{TVM}/akcert_0x01C101D0.der", *root, "--at", "2026-08-01T00:00:00Z"],
             "azure-trusted-launch",
         ),
         (
             [
-                *("--report", f"{cmcp}/snp_report.bin", "--claims", f"{cmcp}/runtime_data.json"),
+                *("--hcl", f"{cmcp}/snp_report.bin", "--claims", f"{cmcp}/runtime_data.json"),
                 *("--vcek", f"{cmcp}/vcek_ask_ark.pem", "--ak", f"{cmcp}/akpub.pem"),
                 *("--floor", "microcode=219", "--floor", "guest-svn=12", "--at", "2026-08-01T00:00:00Z"),
             ],
@@ -361,3 +361,68 @@ def test_the_command_line_says_who_vouches(azure: Azure) -> None:
         assert (ran.returncode, ran.stderr) == (0, "")
         assert json.loads(ran.stdout)["endorsed_by"] == endorsed_by
         assert json.loads(ran.stdout)["result"] == "pass"
+
+
+V0, V1, TRUSTEE_TD = "snp-milan-trustee-v0", "snp-milan-trustee-v1", "tdx-trustee-v1"
+CHALLENGE = b"challenge".hex()
+
+
+def with_quote(
+    azure: Azure, platform: list[str], quote: str, *, pcrs: str | None = None, nonce: str | None = CHALLENGE
+) -> dict[str, Any]:
+    """The verdict on a platform beside the quote of some folder."""
+    files = ["--quote", f"{quote}/quote.msg", "--signature", f"{quote}/quote.sig"]
+    files += ["--pcrs", f"{quote if pcrs is None else pcrs}/pcrs_sha256.json"]
+    files += [] if nonce is None else ["--nonce", nonce]
+    ran = cgpuctl(azure, *platform, *files, "--at", "2025-12-02T00:00:00Z")
+    assert ran.stderr == ""
+    found: dict[str, Any] = json.loads(ran.stdout)
+    assert (found["result"] == "pass") == (ran.returncode == 0)
+    return found
+
+
+SNP_FILES = ["--hcl", f"{V0}/hcl_report.bin", "--vcek", f"{V0}/vcek.pem", "--chain", "roots/amd_ask_ark_milan.pem"]
+TDX_FILES = ["--hcl", f"{TRUSTEE_TD}/hcl_report.bin", "--td-quote", f"{TRUSTEE_TD}/td_quote.bin"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "quote"), [(SNP_FILES, V0), (SNP_FILES, V1), (TDX_FILES, TRUSTEE_TD)], ids=["snp", "same VM", "tdx"]
+)
+def test_a_quote_by_the_endorsed_ak_passes(azure: Azure, platform: list[str], quote: str) -> None:
+    found = with_quote(azure, platform, quote)
+    assert found["result"] == "pass"
+    steps = {step["id"]: step["outcome"] for step in found["steps"]}
+    assert steps["platform.pcr6"] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("platform", "quote", "changed", "refused"),
+    [
+        (SNP_FILES, TRUSTEE_TD, {}, "quote.signature"),
+        (TDX_FILES, V0, {}, "quote.signature"),
+        (SNP_FILES, FLASHBOTS, {"nonce": None}, "quote.signature"),
+        (SNP_FILES, "snp-milan-kinvolk-quote", {}, "quote.signature"),
+        (SNP_FILES, TVM, {}, "quote.signature"),
+        (SNP_FILES, V0, {"nonce": "00"}, "quote.nonce"),
+        (SNP_FILES, V0, {"pcrs": TRUSTEE_TD}, "quote.digest"),
+    ],
+    ids=["TD's", "SNP's", "another TD's", "another SNP VM's", "Trusted Launch's", "other nonce", "other PCRs"],
+)
+def test_a_quote_of_another_machine_does_not(
+    azure: Azure, platform: list[str], quote: str, changed: dict[str, Any], refused: str
+) -> None:
+    found = with_quote(azure, platform, quote, **changed)
+    assert found["result"] == "refused"
+    assert found["endorsed_by"] != "none"
+    assert [step["id"] for step in found["quote"]["steps"] if step["outcome"] == "refuse"] == [refused]
+
+
+def test_an_ak_made_in_a_trusted_vm_is_not_the_one_that_azure_certified(azure: Azure) -> None:
+    platform = ["--ak-cert", f"{TVM}/akcert_0x01C101D0.der", "--chain", "roots/global-virtual-tpm-ca-03.pem"]
+    platform += ["roots/azure-virtual-tpm-root-2023.pem"]
+    files = ["--quote", f"{TVM}/quote.msg", "--signature", f"{TVM}/quote.sig", "--at", "2026-08-01T00:00:00Z"]
+    ran = cgpuctl(azure, *platform, *files)
+    found = json.loads(ran.stdout)
+    assert (ran.returncode, found["result"], found["endorsed_by"]) == (1, "refused", "azure-trusted-launch")
+    ran = cgpuctl(azure, *platform, *files, "--ak", f"{TVM}/ak.pub")
+    assert (ran.returncode, json.loads(ran.stdout)["endorsed_by"]) == (1, "none")

@@ -182,6 +182,12 @@ class TpmCommands(Protocol):
     def nv_read(self, index: int) -> bytes | None:
         """Content of an NV index (at most 16 KiB), or ``None`` when it does not exist or was never written."""
 
+    def nv_write(self, index: int, data: bytes) -> None:
+        """Write an NV index whole (1 to 1024 bytes), by the owner; it is defined where it does not exist.
+
+        One that has another size is not touched: ``TPM_ERROR``.
+        """
+
     def ek_public(self, algorithm: AkAlgorithm) -> bytes:
         """TPMT_PUBLIC of the EK of the TCG default template (persistent one if present, else recreated)."""
 
@@ -301,6 +307,118 @@ class Gpus(Protocol):
 
     def close(self) -> None:
         """Stop. Idempotent; a ready state that is still set may stay so."""
+
+
+PlatformKind = Literal["azure-trusted-launch", "azure-cvm-snp", "azure-cvm-tdx", "tsm-snp", "tsm-tdx", "plain"]
+"""What this VM looks like from inside. Not evidence: only a report is, once somebody judged it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlatformReport:
+    """What the platform below the vTPM says of itself, to be judged elsewhere.
+
+    Attributes:
+        report: an HCL report, a bare ATTESTATION_REPORT or a bare TD quote; ``None`` where there is none.
+        certificates: of AMD, DER, in any order.
+        td_quote: the TD quote over an HCL report's TDREPORT.
+        fresh: the report was made for the user data that were asked for.
+        missing: (part, reason) pairs: what a reader would expect and does not get, and why.
+    """
+
+    kind: PlatformKind
+    report: bytes | None = None
+    certificates: tuple[bytes, ...] = ()
+    td_quote: bytes | None = None
+    fresh: bool = False
+    missing: tuple[tuple[str, str], ...] = ()
+
+
+class Platform(Protocol):
+    """What stands below the vTPM. Callers are serialised by the backend."""
+
+    kind: PlatformKind
+
+    async def report(self, user_data: bytes | None, *, timeout: float) -> PlatformReport:
+        """The platform's report, made for ``user_data`` (64 bytes) where that can be; ``None``: any will do.
+
+        Where it cannot be, the report that is there: its reader is told by ``fresh`` and ``missing``.
+
+        Args:
+            timeout: seconds for all of it.
+
+        Raises:
+            DeviceFault: as ``TpmCommands``, ``TPM_TIMEOUT`` among them; ``TSM_ERROR`` from the kernel's interface.
+            HostileInput: a report that breaks its format.
+        """
+
+
+BrokerKind = Literal["credential", "sealed", "openbao", "trustee", "azure"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasedKey:
+    """A key that a broker let go.
+
+    Attributes:
+        secret: 1 to ``MAX_SECRET`` bytes; kept out of ``repr``.
+        generation: which of the key's generations it is, by the broker's count.
+    """
+
+    secret: bytes = field(repr=False)
+    generation: int
+
+
+MAX_SECRET = 8192
+
+
+class Attester(Protocol):
+    """What a broker may have the agent show of this VM, for the one release that it is asked for.
+
+    Every answer is made afresh. All raise ``AgentError``.
+    """
+
+    async def bundle(self, nonce: bytes, audience: str) -> bytes:
+        """Evidence of purpose ``release``: its statement names broker, key, caller, and whom the key is for.
+
+        Args:
+            nonce: 8 to 64 bytes, from the relying party.
+            audience: the relying party's name.
+        """
+
+    async def raw_quote(self, data: bytes, pcrs: tuple[int, ...]) -> tuple[Signed, dict[int, bytes]]:
+        """A quote by the platform AK over a relying party's own bytes (1 to 48), and the SHA-256 values it covers."""
+
+    async def platform_ak(self) -> bytes:
+        """TPMT_PUBLIC of the key that signs raw quotes."""
+
+    async def platform(self, user_data: bytes | None) -> PlatformReport:
+        """As ``Platform.report``."""
+
+    async def gpu_reports(self, nonce: bytes) -> tuple[tuple[GpuInfo, GpuEvidence], ...]:
+        """Every GPU's report over these 32 bytes; none where there are no GPUs."""
+
+
+class KeyBroker(Protocol):
+    """Whoever keeps keys and lets them go to a VM that shows what it is."""
+
+    kind: BrokerKind
+
+    async def release(self, path: str, attester: Attester, *, timeout: float) -> ReleasedKey:
+        """Get a key.
+
+        Args:
+            path: the broker's own name of it.
+            attester: shows the broker what it asks for.
+            timeout: seconds for all of it.
+
+        Raises:
+            Denied: ``KEY_REFUSED``: the broker's policy does not let this VM, or this caller, have it.
+            Unavailable: ``KEY_ABSENT``: there is no such key; ``BROKER_UNREACHABLE``, with ``retry_after``;
+                ``BROKER_ANSWER``: it answered what nobody can read; and what ``Attester`` raises.
+        """
+
+    def close(self) -> None:
+        """Forget what it holds. Idempotent."""
 
 
 class MeasurementLogs(Protocol):

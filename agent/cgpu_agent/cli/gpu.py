@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         architecture=None if arguments.arch is None else Architecture(arguments.arch),
     )
     try:
-        evidence = _evidence(arguments)
+        evidence = evidence_of(arguments)
         result = verify_devices(evidence, party, expected_gpus=arguments.gpus)
     except HostileInput as error:
         if arguments.json:
@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     return output.EXIT_PASS if result.accepted else output.EXIT_REFUSED
 
 
-def _evidence(arguments: argparse.Namespace) -> list[DeviceEvidence]:
+def evidence_of(arguments: argparse.Namespace) -> list[DeviceEvidence]:
+    """What ``--report`` and ``--chain``, or ``--evidence`` hold. Raises ``Misuse``, and as ``parse_evidence``."""
     if arguments.evidence:
         if arguments.report is not None or arguments.chain is not None:
             raise Misuse("BAD_ARGUMENT", "--evidence holds reports and chains: give no others")
@@ -88,7 +89,7 @@ def show(result: SetResult) -> None:
         word = output.coloured(result.result.upper(), "fail")
         output.say(f"{word}: {output.printable(refusal.detail)} [{refusal.slug}]")
         if refusal.slug == "NO_RIM":
-            output.say("  bring NVIDIA's reference values (--rim), or say --allow-no-rim")
+            output.say("  bring NVIDIA's reference values (--rim, --collateral), or say --allow-no-rim")
         return
     output.say(output.coloured("PASS", "ok"))
     for device in result.devices:

@@ -12,6 +12,7 @@ from cgpu_agent.cli.inputs import read_all, read_file
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.verifier.certificate import load_trusted
 from cgpu_agent.verifier.collateral import Collateral
+from cgpu_agent.verifier.collateralfolder import collateral_paths, read_collateral
 from cgpu_agent.verifier.gpucapability import Architecture
 from cgpu_agent.verifier.gpucase import GpuParty
 from cgpu_agent.verifier.gpuchain import NVIDIA_DEVICE_ROOTS, NVIDIA_RIM_ROOTS, PinnedRoots
@@ -31,9 +32,9 @@ def party_of(
     return GpuParty(
         at=at,
         nonce=nonce,
-        device_roots=_roots(arguments.device_root, NVIDIA_DEVICE_ROOTS),
-        rim_roots=_roots(arguments.rim_root, NVIDIA_RIM_ROOTS),
-        collateral=_own(lambda: _collateral(arguments)),
+        device_roots=roots_of(arguments.device_root, NVIDIA_DEVICE_ROOTS),
+        rim_roots=roots_of(arguments.rim_root, NVIDIA_RIM_ROOTS),
+        collateral=own(lambda: _collateral(arguments)),
         floors=Floors(arguments.min_driver, arguments.min_vbios, arguments.min_switch_bios),
         architecture=architecture,
         allow_no_rim=arguments.allow_no_rim,
@@ -43,7 +44,7 @@ def party_of(
     )
 
 
-def _own(load: Callable[[], T]) -> T:
+def own(load: Callable[[], T]) -> T:
     """What the judge himself brings along is wrong: that is a bad argument, and says nothing of the evidence."""
     try:
         return load()
@@ -51,16 +52,21 @@ def _own(load: Callable[[], T]) -> T:
         raise Misuse(error.slug, error.message) from error
 
 
-def _roots(path: Path | None, default: PinnedRoots) -> PinnedRoots:
+def roots_of(path: Path | None, default: PinnedRoots) -> PinnedRoots:
+    """The roots that an option names. Raises ``Misuse``."""
     if path is None:
         return default
-    return _own(lambda: PinnedRoots.of(load_trusted(read_file(path, 1 << 20))))
+    return own(lambda: PinnedRoots.of(load_trusted(read_file(path, 1 << 20))))
 
 
 def _collateral(arguments: argparse.Namespace) -> Collateral:
+    folder: Path | None = arguments.collateral
+    if folder is not None and not folder.is_dir():
+        raise Misuse("NO_FILE", f"{folder} is not a directory")
+    stored = read_collateral([] if folder is None else collateral_paths(folder))
     return Collateral.load(
-        rims=read_all(arguments.rim),
-        crls=read_all(arguments.crl),
-        ocsp=read_all(arguments.ocsp),
+        rims=[*stored["rims"], *read_all(arguments.rim)],
+        crls=[*stored["crls"], *read_all(arguments.crl)],
+        ocsp=[*stored["ocsp"], *read_all(arguments.ocsp)],
         max_age=None if arguments.max_age is None else timedelta(days=arguments.max_age),
     )

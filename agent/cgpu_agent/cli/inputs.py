@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,23 @@ def read_file(path: Path, limit: int = MAX_FILE) -> bytes:
     if len(data) > limit:
         raise Misuse("FILE_TOO_LARGE", f"{path}: larger than {limit} bytes")
     return data
+
+
+def read_key(path: Path, size: int) -> bytes:
+    """A secret key of ``size`` raw bytes, from a file of which others have nothing.
+
+    Raises ``Misuse``: ``NO_FILE``, ``KEY_EXPOSED``, ``BAD_KEY``.
+    """
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                raise Misuse("KEY_EXPOSED", f"{path} is a key that others may use: chmod 600 it")
+            key = file.read(size + 1)
+    except OSError as error:
+        raise Misuse("NO_FILE", f"{path}: {error.strerror}") from error
+    if len(key) != size:
+        raise Misuse("BAD_KEY", f"{path} does not hold a key of {size} bytes")
+    return key
 
 
 def parse_hex(text: str, what: str) -> bytes:

@@ -64,6 +64,11 @@ def steps(found: Sequence[Step]) -> None:
         say(f"  {coloured(outcome.ljust(6), outcome)} {line}")
 
 
+def progress(text: str) -> None:
+    """How far a long command is, on stderr."""
+    print(f"cgpuctl: {printable(text)}", file=sys.stderr, flush=True)
+
+
 def complain(error: AgentError) -> None:
     """What went wrong, on stderr."""
     print(f"cgpuctl: {printable(str(error))}", file=sys.stderr)

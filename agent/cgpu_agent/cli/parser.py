@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cgpu_agent import __version__
 
 DEFAULT_AUDIENCE = "local"
+DEFAULT_COLLATERAL = "/etc/cgpu-agent/collateral"
+"""As ``gpu.collateral`` in the agent's configuration."""
 _ARCHITECTURES = ("hopper", "blackwell", "ls10", "ampere")
+_BROKERS = ("credential", "sealed", "openbao", "trustee", "azure")
+_GPU_STATES = ("ready", "not-ready", "none", "not-asked")
 _BANKS = ("sha1", "sha256", "sha384", "sha512")
+_SEGMENT_SIZES = ("1MiB", "4KiB")
+
+_ONE_EACH: Mapping[str, Any] = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
+_SEVERAL: Mapping[str, Any] = {"type": Path, "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
+"""For commands without a file of their own, which this would swallow."""
 
 _Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
 
@@ -32,11 +43,13 @@ def build_parser() -> argparse.ArgumentParser:
     _eventlog(commands)
     _quote(commands)
     _gpu(commands)
+    _collateral(commands)
     _platform(commands)
     _ak(commands)
     _key(commands)
     _policy(commands)
     _audit(commands)
+    _object(commands)
     _completion(commands)
     return parser
 
@@ -122,14 +135,13 @@ def _relying_party(parser: argparse.ArgumentParser) -> None:
         help=f"your name, as the evidence must hold it (default: {DEFAULT_AUDIENCE})",
     )
     parser.add_argument("--at", metavar="RFC3339", help="judge certificates at this time (default: now)")
-    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
-    parser.add_argument("--ak-root", help="trusted root for AK certificates (PEM or DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--ak-root", help="trusted root for AK certificates (PEM or DER)", **_ONE_EACH)
     parser.add_argument(
         "--simulated-ak-root",
         help="root of a simulator's AK certificates; the verdict says so",
-        **files,  # type: ignore[arg-type]
+        **_ONE_EACH,
     )
-    parser.add_argument("--ak-intermediate", help="CA certificates below it (PEM or DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--ak-intermediate", help="CA certificates below it (PEM or DER)", **_ONE_EACH)
     parser.add_argument(
         "--ak-name", action="append", default=[], metavar="HEX", help="Name of a platform AK that you enrolled"
     )
@@ -145,7 +157,7 @@ def _relying_party(parser: argparse.ArgumentParser) -> None:
         "--allow-no-boot-log", action="store_true", help="accept a missing firmware log; the verdict says so"
     )
     _floor(parser)
-    _gpu_demands(parser.add_argument_group("GPUs"))
+    _gpu_demands(parser.add_argument_group("GPUs"), _ONE_EACH)
 
 
 def _verify(commands: _Commands[argparse.ArgumentParser]) -> None:
@@ -247,13 +259,13 @@ def _floor(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _gpu_demands(parser: argparse._ActionsContainer) -> None:
+def _gpu_demands(parser: argparse._ActionsContainer, files: Mapping[str, Any]) -> None:
     """What a judge demands of GPUs, and brings along."""
-    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
     parser.add_argument("--gpus", type=int, metavar="COUNT", help="how many GPUs there must be")
-    parser.add_argument("--rim", help="NVIDIA's reference values: signed XML", **files)  # type: ignore[arg-type]
-    parser.add_argument("--crl", help="certificate revocation list (DER or PEM)", **files)  # type: ignore[arg-type]
-    parser.add_argument("--ocsp", help="OCSP response (DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--collateral", type=Path, metavar="DIR", help="use this store (cgpuctl collateral)")
+    parser.add_argument("--rim", help="NVIDIA's reference values: signed XML", **files)
+    parser.add_argument("--crl", help="certificate revocation list (DER or PEM)", **files)
+    parser.add_argument("--ocsp", help="OCSP response (DER)", **files)
     parser.add_argument("--max-age", type=int, metavar="DAYS", help="oldest acceptable CRL or OCSP response")
     parser.add_argument("--device-root", type=Path, metavar="FILE", help="trust this root instead of NVIDIA's")
     parser.add_argument("--rim-root", type=Path, metavar="FILE", help="the same for reference values")
@@ -292,18 +304,75 @@ def _gpu(commands: _Commands[argparse.ArgumentParser]) -> None:
         description="Judge the attestation reports of NVIDIA GPUs and NVSwitches. Needs no GPU and no network. "
         "Exit status: 0 pass, 1 refused or unverifiable.",
     )
-    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
     parser.add_argument("--report", type=Path, metavar="FILE", help="one report, hex or raw bytes")
     parser.add_argument("--chain", type=Path, metavar="FILE", help="its five certificates (PEM, leaf first)")
-    parser.add_argument("--evidence", help="NVIDIA's JSON list of devices, all of one machine", **files)  # type: ignore[arg-type]
+    parser.add_argument("--evidence", help="NVIDIA's JSON list of devices, all of one machine", **_SEVERAL)
     parser.add_argument("--nonce", metavar="HEX", help="the 32 bytes that you sent")
     parser.add_argument("--arch", choices=_ARCHITECTURES, help="what every device must be")
     parser.add_argument("--at", metavar="RFC3339", help="judge at this time (default: now)")
-    _gpu_demands(parser)
+    _gpu_demands(parser, _SEVERAL)
     form = parser.add_mutually_exclusive_group()
     _json(form)
     form.add_argument("--eat", action="store_true", help="print claims as in NVIDIA's tokens, unsigned")
     parser.set_defaults(module="gpu")
+
+
+def _collateral(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser(
+        "collateral",
+        help="an offline store of reference values and revocation data",
+        description="A directory of reference values (RIM), CRLs and OCSP responses, as the agent and "
+        "cgpuctl gpu verify --collateral read it.",
+    )
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    fetch = verbs.add_parser(
+        "fetch",
+        help="get what GPUs need from NVIDIA's services",
+        description="Get the reference values that devices name, or those named here, and the OCSP status of all "
+        "certificates involved. Only what verifies is kept. Exit status: 0 all there, 1 otherwise.",
+    )
+    fetch.add_argument("--report", type=Path, metavar="FILE", help="one device's report, hex or raw bytes")
+    fetch.add_argument("--chain", type=Path, metavar="FILE", help="its five certificates (PEM, leaf first)")
+    fetch.add_argument("--evidence", help="NVIDIA's JSON list of devices", **_ONE_EACH)
+    fetch.add_argument("--rim-id", action="append", default=[], metavar="ID", help="a RIM, by NVIDIA's name for it")
+    fetch.add_argument(
+        "--rim-url",
+        default="https://rim.attestation.nvidia.com",
+        metavar="URL",
+        help="the RIM service (default: NVIDIA's)",
+    )
+    fetch.add_argument(
+        "--ocsp-url",
+        default="https://ocsp.ndis.nvidia.com",
+        metavar="URL",
+        help="the OCSP responder (default: NVIDIA's)",
+    )
+    fetch.add_argument("--device-root", type=Path, metavar="FILE", help="trust this root instead of NVIDIA's")
+    bring = verbs.add_parser(
+        "import",
+        help="put files into the store",
+        description="Put RIMs (XML, or the RIM service's JSON), CRLs and OCSP responses into the store. A RIM must "
+        "verify, and be no older issue than one that is there. Exit status: 0 all there, 1 otherwise.",
+    )
+    bring.add_argument("file", type=Path, nargs="+", metavar="FILE", help="a file; its content says what it is")
+    shown = verbs.add_parser(
+        "list",
+        help="say what is in the store",
+        description="Say what is in the store, until when it is good, and which files the agent would refuse. "
+        "Exit status: 0 no file is broken or refused, 1 otherwise.",
+    )
+    for parser in (fetch, bring, shown):
+        parser.add_argument(
+            "--store",
+            type=Path,
+            default=Path(DEFAULT_COLLATERAL),
+            metavar="DIR",
+            help=f"the store (default: {DEFAULT_COLLATERAL})",
+        )
+        parser.add_argument("--rim-root", type=Path, metavar="FILE", help="trust this root for RIMs, not NVIDIA's")
+        parser.add_argument("--at", metavar="RFC3339", help="judge at this time (default: now)")
+        _json(parser)
+        parser.set_defaults(module="collateral")
 
 
 def _platform(commands: _Commands[argparse.ArgumentParser]) -> None:
@@ -315,18 +384,78 @@ def _platform(commands: _Commands[argparse.ArgumentParser]) -> None:
         description="Say who vouches for the vTPM of an Azure VM: AMD or Intel under a known paravisor, the cloud, "
         "or nobody. Needs no network. Exit status: 0 somebody does, 1 nobody or refused.",
     )
-    files = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
-    parser.add_argument("--report", type=Path, metavar="FILE", help="HCL report, bare SNP report or bare TD quote")
+    report = "HCL report, bare SNP report or bare TD quote"
+    parser.add_argument("--hcl", "--report", type=Path, metavar="FILE", help=report)
     parser.add_argument("--claims", type=Path, metavar="FILE", help="runtime claims beside a bare report")
     parser.add_argument("--td-quote", type=Path, metavar="FILE", help="TD quote over the report's TDREPORT")
-    parser.add_argument("--vcek", help="VCEK or VLEK, its CA, AMD's root (PEM or DER)", **files)  # type: ignore[arg-type]
+    parser.add_argument("--vcek", help="VCEK or VLEK, also with its CA and AMD's root (PEM or DER)", **_SEVERAL)
+    parser.add_argument("--chain", help="CA certificates above VCEK or AK certificate, roots among them", **_SEVERAL)
     parser.add_argument("--ak", type=Path, metavar="FILE", help="the platform AK in question, as for quote verify")
-    parser.add_argument("--ak-certificate", type=Path, metavar="FILE", help="its certificate (PEM or DER)")
-    parser.add_argument("--ca", help="CA certificates of Azure's vTPMs, the root among them", **files)  # type: ignore[arg-type]
+    parser.add_argument("--ak-cert", type=Path, metavar="FILE", help="its certificate (PEM or DER)")
+    parser.add_argument("--quote", type=Path, metavar="FILE", help="a quote by that AK: TPMS_ATTEST")
+    parser.add_argument("--signature", type=Path, metavar="FILE", help="its signature: TPMT_SIGNATURE or raw RSA")
+    parser.add_argument("--pcrs", type=Path, metavar="FILE", help='the PCR values it covers: JSON {"index": "hex"}')
+    parser.add_argument("--nonce", metavar="HEX", help="its expected extraData")
     _floor(parser)
     parser.add_argument("--at", metavar="RFC3339", help="judge certificates at this time (default: now)")
     _json(parser)
     parser.set_defaults(module="platform")
+    _platform_token(verbs)
+    _this_platform(verbs)
+
+
+def _platform_token(verbs: _Commands[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser(
+        "token",
+        help="judge a token of Microsoft's attestation service",
+        description="Judge a token of Azure Attestation (MAA) offline, by the key set of the service that you trust. "
+        "Exit status: 0 somebody vouches for the vTPM, by that service's word; 1 nobody or refused.",
+    )
+    parser.add_argument("--token", type=Path, required=True, metavar="FILE", help="the token; - for standard input")
+    parser.add_argument(
+        "--jwks", type=Path, required=True, metavar="FILE", help="the service's key set, of URL/certs"
+    )
+    parser.add_argument(
+        "--issuer", action="append", required=True, metavar="URL", help="a service that you trust, as a whole URL"
+    )
+    parser.add_argument("--nonce", metavar="HEX", help="the nonce of the client payload")
+    parser.add_argument("--at", metavar="RFC3339", help="judge at this time (default: now)")
+    _json(parser)
+    parser.set_defaults(module="maa")
+
+
+def _this_platform(verbs: _Commands[argparse.ArgumentParser]) -> None:
+    show = verbs.add_parser(
+        "show",
+        help="what this VM says of its platform",
+        description="Show what the platform below this VM's vTPM says of itself, by the agent. Not evidence: have it "
+        "judged by cgpuctl platform verify.",
+    )
+    show.add_argument("--out", type=Path, metavar="DIR", help="write the files that platform verify takes")
+    _socket(show, "the agent's socket", "CGPU_AGENT_SOCKET")
+    _json(show)
+    show.set_defaults(module="thisplatform")
+    fetch = verbs.add_parser(
+        "fetch",
+        help="get AMD's certificates, or a TD quote, for the agent",
+        description="Get what the agent, which has no network, needs of Azure's metadata service: AMD's certificates "
+        "of this processor, or a TD quote over its report. Run it in the VM, as root.",
+    )
+    fetch.add_argument(
+        "--store",
+        type=Path,
+        default=Path("/etc/cgpu-agent/platform"),
+        metavar="DIR",
+        help="where the agent looks (platform.collateral; default: /etc/cgpu-agent/platform)",
+    )
+    fetch.add_argument(
+        "--metadata-service",
+        default="http://169.254.169.254",
+        metavar="URL",
+        help="the service (default: http://169.254.169.254)",
+    )
+    _socket(fetch, "the agent's socket", "CGPU_AGENT_SOCKET")
+    fetch.set_defaults(module="thisplatform")
 
 
 def _ak(commands: _Commands[argparse.ArgumentParser]) -> None:
@@ -357,8 +486,27 @@ def _ak(commands: _Commands[argparse.ArgumentParser]) -> None:
 
 
 def _key(commands: _Commands[argparse.ArgumentParser]) -> None:
-    group = commands.add_parser("key", help="keys sealed to TPMs", description="Keys sealed to the TPMs of your VMs.")
+    group = commands.add_parser("key", help="the keys that you may have", description="Keys that the agent releases.")
     verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    parser = verbs.add_parser(
+        "list",
+        help="say which keys you may have now",
+        description="Say which keys you may have now, and in which way.",
+    )
+    _socket(parser, "the agent's socket", "CGPU_AGENT_SOCKET")
+    _json(parser)
+    parser.set_defaults(module="key")
+    parser = verbs.add_parser(
+        "get",
+        help="get a key",
+        description="Get a key, if the operator's policy lets you have it: wrapped to a key pair made for this call, "
+        "and opened here.",
+    )
+    parser.add_argument("key", metavar="KEY", help="its id, as key list gives it")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (mode 0600)")
+    parser.add_argument("--plain", action="store_true", help="in plain over the socket, which policy permits apart")
+    _socket(parser, "the agent's socket", "CGPU_AGENT_SOCKET")
+    parser.set_defaults(module="key")
     parser = verbs.add_parser(
         "policy-sign",
         help="approve a boot in which sealed keys may be opened",
@@ -407,6 +555,15 @@ def _policy(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--unit", metavar="NAME", help="its systemd unit (default: none)")
     parser.add_argument("--container", metavar="ID", help="its container (default: none)")
     parser.add_argument("--groups", type=int, nargs="+", metavar="N", help="its supplementary groups")
+    parser.add_argument("--key", metavar="ID", help="say what it may do with this key, too")
+    parser.add_argument("--broker", choices=_BROKERS, default="sealed", help="who keeps the key (default: sealed)")
+    parser.add_argument("--key-group", default="", metavar="NAME", help="the key's group (default: none)")
+    parser.add_argument(
+        "--gpus",
+        choices=_GPU_STATES,
+        default="not-asked",
+        help="what the agent makes of the GPUs (default: not-asked)",
+    )
     _json(parser)
     parser.set_defaults(module="policy")
 
@@ -431,6 +588,48 @@ def _audit(commands: _Commands[argparse.ArgumentParser]) -> None:
     )
     _json(verify)
     verify.set_defaults(module="audit")
+
+
+def _object(commands: _Commands[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser("object", help="seal and open objects", description="Sealed objects, such as models.")
+    verbs = group.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    told = {
+        "seal": ("encrypt a file under a key and a name", "Seal a file: nobody reads, alters, cuts or swaps it."),
+        "open": ("decrypt it, if it is the one named", "Open a sealed object, if it is whole and the one named."),
+    }
+    for verb, (short, long) in told.items():
+        parser = verbs.add_parser(
+            verb, help=short, description=f"{long} Needs no agent and no network. Exit status: 0 done, 1 refused."
+        )
+        parser.add_argument("--key-file", type=Path, required=True, metavar="FILE", help="32 random bytes, mode 0600")
+        parser.add_argument("--key-id", required=True, metavar="ID", help="the key's name")
+        parser.add_argument("--object-id", required=True, metavar="ID", help="the object's name")
+        parser.add_argument(
+            "--object-version", type=int, required=True, metavar="N", help="its version, from 1 up: one per content"
+        )
+        _segment_size(parser)
+        parser.add_argument("source", type=Path, metavar="IN", help="what to read; - for standard input")
+        parser.add_argument("target", type=Path, metavar="OUT", help="where to write; - for standard output")
+        _json(parser)
+        parser.set_defaults(module="object")
+    parser = verbs.add_parser(
+        "inspect",
+        help="say how an object is cut",
+        description="Print an object's header and the sizes that follow from its own. Nothing is verified.",
+    )
+    parser.add_argument("source", type=Path, metavar="FILE", help="the sealed object")
+    _segment_size(parser)
+    _json(parser)
+    parser.set_defaults(module="object")
+
+
+def _segment_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--segment-size",
+        choices=_SEGMENT_SIZES,
+        default=_SEGMENT_SIZES[0],
+        help=f"how it is cut, which no object says of itself (default: {_SEGMENT_SIZES[0]})",
+    )
 
 
 def _completion(commands: _Commands[argparse.ArgumentParser]) -> None:

@@ -12,13 +12,11 @@ from cgpu_agent.cedar.text import MAX_BYTES, Problem
 from cgpu_agent.cli import output
 from cgpu_agent.cli.inputs import read_file
 from cgpu_agent.domain.caller import Caller
-from cgpu_agent.domain.policy import Action, Decision, Facts, Policy
+from cgpu_agent.domain.policy import OF_KEYS, Action, Decision, Facts, Key, Policy
 from cgpu_agent.domain.policy_lint import lint
 from cgpu_agent.errors import Misuse
 
 _CONTAINER = "0" * 63 + "1"
-_SERVING = Facts(state="serving", endorsed=True, boot_log=True)
-
 Row = tuple[str, Action, Decision]
 
 
@@ -63,15 +61,18 @@ def _explain(arguments: argparse.Namespace) -> int:
     path: Path | None = arguments.policy
     what = "the default policy" if path is None else str(path)
     policy = Policy.load(default_policy() if path is None else _text(path), what)
+    facts = Facts(state="serving", endorsed=True, boot_log=True, gpus=arguments.gpus)
+    key = None if arguments.key is None else Key(arguments.key, arguments.broker, arguments.key_group)
     rows = [
-        (who, action, policy.decide(caller, action, _SERVING))
+        (who, action, policy.decide(caller, action, facts, key if action in OF_KEYS else None))
         for who, caller in _callers(arguments)
         for action in Action
+        if key is not None or action not in OF_KEYS
     ]
     if arguments.json:
         output.emit_json({"decisions": [_document(row) for row in rows], "policy_digest": policy.digest})
     else:
-        _table(what, rows)
+        _table(what, rows, arguments.gpus)
     return output.EXIT_PASS
 
 
@@ -86,8 +87,10 @@ def _document(row: Row) -> dict[str, object]:
     }
 
 
-def _table(what: str, rows: list[Row]) -> None:
-    output.say(f"By {output.printable(what)}, while the agent serves with a certified AK and a boot log:")
+def _table(what: str, rows: list[Row], gpus: str) -> None:
+    output.say(
+        f"By {output.printable(what)}, while the agent serves with a certified AK and a boot log, GPUs {gpus}:"
+    )
     width = max(len(action.value) for action in Action)
     last = ""
     for who, action, decision in rows:

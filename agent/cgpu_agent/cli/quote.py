@@ -17,7 +17,7 @@ _SMALL = 1 << 20
 
 def run(arguments: argparse.Namespace) -> int:
     nonce = None if arguments.nonce is None else parse_hex(arguments.nonce, "--nonce")
-    pcrs = None if arguments.pcrs is None else _pcrs(read_file(arguments.pcrs, _SMALL), arguments.bank)
+    pcrs = None if arguments.pcrs is None else parse_pcrs(read_file(arguments.pcrs, _SMALL), arguments.bank)
     try:
         ak = load_attestation_key(read_file(arguments.ak, _SMALL))
     except HostileInput as error:
@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     return output.EXIT_PASS if result.accepted else output.EXIT_REFUSED
 
 
-def _pcrs(data: bytes, bank: str) -> dict[int, bytes]:
-    """``{"0": "hex", ...}``, or the same one level down under the bank's name."""
+def parse_pcrs(data: bytes, bank: str) -> dict[int, bytes]:
+    """``{"0": "hex", ...}``, or the same one level down under the bank's name. Raises ``Misuse`` (``BAD_PCRS``)."""
     try:
         found = strictjson.loads(data, "PCR file", _SMALL)
     except HostileInput as error:

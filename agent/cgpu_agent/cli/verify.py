@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 from cryptography import x509
 
 from cgpu_agent.cli import appraise, output
-from cgpu_agent.cli.floors import parse_floors
 from cgpu_agent.cli.inputs import parse_hex, parse_time, read_file
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.verifier.certificate import load_trusted
@@ -19,6 +18,7 @@ from cgpu_agent.verifier.evidence import EvidenceResult, RelyingParty, verify_ev
 from cgpu_agent.verifier.gpucapability import NOT_COVERED
 from cgpu_agent.verifier.gpufacts import gpu_claims
 from cgpu_agent.verifier.platformcase import PlatformParty
+from cgpu_agent.verifier.platformfloor import parse_floors
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.bundle import MAX_BUNDLE
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from cgpu_agent.verifier.gpucase import DeviceResult, GpuParty
 
 _GPU_OPTIONS: Final = (
-    *("rim", "crl", "ocsp", "max_age", "device_root", "rim_root", "min_driver", "min_vbios", "min_switch_bios"),
+    *("collateral", "rim", "crl", "ocsp", "max_age", "device_root", "rim_root"),
+    *("min_driver", "min_vbios", "min_switch_bios"),
     *("require_revocation", "require_fwid", "allow_no_rim", "allow_rim_hold"),
 )
 
@@ -115,7 +116,9 @@ def to_json(result: EvidenceResult, coverage: Coverage | None = None) -> dict[st
             "caller": dict(statement.caller),
             "missing": [{"part": part, "reason": reason} for part, reason in manifest.missing],
             "purpose": statement.purpose,
+            "release": None if statement.release is None else statement.release.to_json(),
             "time": statement.time,
+            "vm_generation": manifest.vm_generation,
             "gpus": None if manifest.gpus is None else manifest.gpus.to_json(),
         },
         "agent_log": [

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from cgpu_agent.api.v1 import admin_pb2, evidence_pb2, gpus_pb2, measured_boot_pb2
-from cgpu_agent.errors import Misuse
+from cgpu_agent.api.v1 import admin_pb2, evidence_pb2, gpus_pb2, keys_pb2, measured_boot_pb2
+from cgpu_agent.errors import HostileInput, Misuse
+from cgpu_agent.wire.delivery import parse_context
+
+if TYPE_CHECKING:
+    from cgpu_agent.client.unwrap import Receiver
 
 R = TypeVar("R")
 
@@ -56,6 +60,19 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
+class Platform:
+    """What the platform below the vTPM says of itself; see ``GetPlatformResponse`` in the protos."""
+
+    kind: str
+    report: bytes | None
+    certificates: tuple[bytes, ...]
+    td_quote: bytes | None
+    platform_ak: bytes
+    platform_ak_certificate: bytes | None
+    missing: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """An event that is now in the agent register and log."""
 
@@ -84,7 +101,7 @@ class GpuReport:
 class Call(Generic[R]):
     """One call, ready to be made."""
 
-    service: Literal["MeasuredBoot", "Evidence", "Gpus", "Admin"]
+    service: Literal["MeasuredBoot", "Evidence", "Gpus", "Keys", "Admin"]
     method: str
     request: Any
     convert: Callable[[Any], R]
@@ -123,6 +140,22 @@ def _identity(answer: boot_pb.GetIdentityResponse) -> Identity:
     )
 
 
+def get_platform() -> Call[Platform]:
+    return Call("MeasuredBoot", "GetPlatform", boot_pb.GetPlatformRequest(), _platform)
+
+
+def _platform(answer: boot_pb.GetPlatformResponse) -> Platform:
+    return Platform(
+        answer.kind,
+        answer.report or None,
+        tuple(answer.certificates),
+        answer.td_quote or None,
+        answer.platform_ak,
+        answer.platform_ak_certificate or None,
+        dict(answer.missing),
+    )
+
+
 def get_quote(nonce: bytes, pcrs: Sequence[int]) -> Call[Quote]:
     return Call("MeasuredBoot", "GetQuote", boot_pb.GetQuoteRequest(nonce=nonce, pcrs=pcrs), _quote)
 
@@ -157,6 +190,74 @@ def activate_credential(ek: Literal["rsa", "ecc"], credential_blob: bytes, secre
     kind = boot_pb.EK_KIND_RSA if ek == "rsa" else boot_pb.EK_KIND_ECC
     request = boot_pb.ActivateCredentialRequest(ek=kind, credential_blob=credential_blob, secret=secret)
     return Call("MeasuredBoot", "ActivateCredential", request, lambda answer: answer.certinfo)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A released key.
+
+    Attributes:
+        secret: the key; kept out of ``repr``.
+        key, broker: the agent's id of it, and who keeps it.
+        generation: by the broker's count.
+        expires: seconds since the epoch, by the VM's clock: ask again by then.
+    """
+
+    secret: bytes = field(repr=False)
+    key: str
+    broker: str
+    generation: int
+    expires: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A key as it came: ``wrapped``, or in ``plain``; bound to ``context``."""
+
+    context: bytes
+    wrapped: bytes | None
+    plain: bytes | None = field(repr=False)
+
+    def to_key(self, secret: bytes) -> Key:
+        """Raises ``HostileInput``."""
+        found = parse_context(self.context)
+        return Key(secret, found.key, found.broker, found.generation, found.expires)
+
+
+def list_keys() -> Call[list[keys_pb2.KeyInfo]]:
+    return Call("Keys", "List", keys_pb2.ListKeysRequest(), lambda answer: list(answer.keys))
+
+
+def get_key(name: str, recipient: bytes | None) -> Call[Delivery]:
+    request = keys_pb2.GetKeyRequest(key=name, recipient=recipient or b"")
+    return Call("Keys", "Get", request, _delivery)
+
+
+def _delivery(answer: keys_pb2.GetKeyResponse) -> Delivery:
+    wrapped = answer.WhichOneof("secret") == "wrapped"
+    return Delivery(answer.context, answer.wrapped if wrapped else None, None if wrapped else answer.plain)
+
+
+def new_receiver() -> Receiver:
+    """Whom a key is wrapped to. Raises ``Misuse`` (``NO_CRYPTOGRAPHY``)."""
+    try:
+        from cgpu_agent.client.unwrap import Receiver  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise Misuse(
+            "NO_CRYPTOGRAPHY", "wrapped keys take more: pip install 'cgpu-agent[keys]', or ask for the key in plain"
+        ) from error
+    return Receiver()
+
+
+def opened(delivery: Delivery, receiver: Receiver | None) -> Key:
+    """The key, whichever way it came. Raises ``HostileInput``: not as it was asked for."""
+    if receiver is None:
+        if delivery.plain is None:
+            raise HostileInput("BAD_WRAP", "the key came wrapped, though nobody gave a public key")
+        return delivery.to_key(delivery.plain)
+    if delivery.wrapped is None:
+        raise HostileInput("BAD_WRAP", "the key came in plain, though it was to be wrapped")
+    return delivery.to_key(receiver.open(delivery.wrapped, delivery.context))
 
 
 def list_gpus() -> Call[gpus_pb2.GpuSet]:

@@ -11,7 +11,14 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from cgpu_agent.api.v1 import admin_pb2_grpc, errors_pb2, evidence_pb2_grpc, gpus_pb2_grpc, measured_boot_pb2_grpc
+from cgpu_agent.api.v1 import (
+    admin_pb2_grpc,
+    errors_pb2,
+    evidence_pb2_grpc,
+    gpus_pb2_grpc,
+    keys_pb2_grpc,
+    measured_boot_pb2_grpc,
+)
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, Exhausted, Misuse, Unavailable
 
 DEFAULT_SOCKET = "/run/cgpu-agent/agent.sock"
@@ -28,6 +35,7 @@ STUBS: dict[str, Any] = {
     "MeasuredBoot": measured_boot_pb2_grpc.MeasuredBootStub,
     "Evidence": evidence_pb2_grpc.EvidenceStub,
     "Gpus": gpus_pb2_grpc.GpusStub,
+    "Keys": keys_pb2_grpc.KeysStub,
     "Admin": admin_pb2_grpc.AdminStub,
 }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import grpc
 
-from cgpu_agent.api.v1 import admin_pb2, gpus_pb2
+from cgpu_agent.api.v1 import admin_pb2, gpus_pb2, keys_pb2
 from cgpu_agent.client import calls
 from cgpu_agent.client.connect import CHANNEL_OPTIONS, STUBS, find_socket, translate
 
@@ -79,6 +79,10 @@ class Agent:
         """The VM's TPM keys and certificates."""
         return self._run(calls.get_identity())
 
+    def get_platform(self) -> calls.Platform:
+        """What the platform below the vTPM says of itself."""
+        return self._run(calls.get_platform())
+
     def get_quote(self, nonce: bytes, pcrs: Sequence[int] = ()) -> calls.Quote:
         """A quote whose extraData names you and ``nonce`` (8-64 bytes); PCRs 0-15 unless given."""
         return self._run(calls.get_quote(nonce, pcrs))
@@ -102,6 +106,20 @@ class Agent:
     def activate_credential(self, ek: Literal["rsa", "ecc"], credential_blob: bytes, secret: bytes) -> bytes:
         """Open a credential made for this VM's EK and platform AK. Denied unless granted."""
         return self._run(calls.activate_credential(ek, credential_blob, secret))
+
+    def list_keys(self) -> list[keys_pb2.KeyInfo]:
+        """The keys that you may have now, and in which way."""
+        return self._run(calls.list_keys())
+
+    def get_key(self, name: str, *, plain: bool = False) -> calls.Key:
+        """A key, if the operator's policy lets you have it.
+
+        It comes wrapped to a key pair made for this call (``pip install 'cgpu-agent[keys]'``), or as it is with
+        ``plain``, which policy permits apart. Denied unless granted.
+        """
+        receiver = None if plain else calls.new_receiver()
+        delivery = self._run(calls.get_key(name, None if receiver is None else receiver.recipient))
+        return calls.opened(delivery, receiver)
 
     def list_gpus(self) -> gpus_pb2.GpuSet:
         """The GPUs, and what the agent makes of them; not evidence."""

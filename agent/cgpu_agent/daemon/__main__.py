@@ -11,9 +11,9 @@ from pathlib import Path
 import structlog
 
 from cgpu_agent import __version__
+from cgpu_agent.backends.notify import Notifier
 from cgpu_agent.daemon import config as configuration
 from cgpu_agent.daemon import logging as journal
-from cgpu_agent.daemon.notify import Notifier
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.errors import AgentError, Misuse
 

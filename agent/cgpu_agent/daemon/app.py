@@ -14,19 +14,24 @@ from typing import Any
 import structlog
 
 from cgpu_agent import __version__
-from cgpu_agent.backends.base import Gpus
+from cgpu_agent.backends.base import Gpus, KeyBroker
 from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
 from cgpu_agent.backends.gpu.software.client import SoftwareGpus
+from cgpu_agent.backends.keys.credential import CredentialKeys
 from cgpu_agent.backends.logs import SystemLogs
+from cgpu_agent.backends.notify import Notifier, passed_descriptors
+from cgpu_agent.backends.platform.detect import detect
+from cgpu_agent.backends.platform.store import PlatformStore
+from cgpu_agent.backends.platform.tsm import ConfigFs
 from cgpu_agent.backends.tpm.owner import TpmOwner
 from cgpu_agent.backends.tpm.transport import open_tpm
+from cgpu_agent.backends.vmclock import vm_generation
 from cgpu_agent.daemon import config as configuration
 from cgpu_agent.daemon import logging as journal
 from cgpu_agent.daemon import status
 from cgpu_agent.daemon.build import build_digest
 from cgpu_agent.daemon.config import Config, GpuConfig
 from cgpu_agent.daemon.gpus import load_judge, load_rules
-from cgpu_agent.daemon.notify import Notifier, passed_descriptors
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded
 from cgpu_agent.daemon.watchdog import Watchdog
@@ -36,8 +41,11 @@ from cgpu_agent.domain.gpujudge import GpuJudge
 from cgpu_agent.domain.gpurecord import GpuRecords
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.gpustate import Reason
-from cgpu_agent.domain.policy import Policy
+from cgpu_agent.domain.platform import PlatformBelow
+from cgpu_agent.domain.policy import Key, Policy
 from cgpu_agent.domain.quota import InFlight
+from cgpu_agent.domain.rate import Rate
+from cgpu_agent.domain.release import KeySpec, Release
 from cgpu_agent.domain.store import Store
 from cgpu_agent.domain.timefloor import TimeFloor
 from cgpu_agent.errors import AgentError, Misuse
@@ -110,10 +118,13 @@ class App:
             store=Store(private),
             clock=SystemClock(),
             settings=self._settings(),
+            vm_generation=vm_generation,
         )
+        self._core.platform = self._platform(config)
         self._open_audit(Path(config.state_dir))
         self._judge = load_judge(config.gpu)
         self._core.gpus = self._gpu_sessions(config)
+        self._core.release = self._release(config)
         recorder = Auditor(self._core.audit)
         self._core.certify(self._ak_certificate())
         limits = DoorLimits(max_connections=config.limits.connections, max_per_uid=config.limits.connections_per_uid)
@@ -153,6 +164,34 @@ class App:
             },
         )
         self._started = time.monotonic()
+
+    def _platform(self, config: Config) -> PlatformBelow:
+        store, seconds = PlatformStore(Path(config.platform.collateral)), float(config.tpm.request_seconds)
+        return PlatformBelow(lambda: detect(self._tpm, store, ConfigFs(), timeout=seconds), timeout=seconds)
+
+    def _release(self, config: Config) -> Release:
+        core, credentials = self._core, os.environ.get("CREDENTIALS_DIRECTORY")
+        brokers: dict[str, KeyBroker] = {"credential": CredentialKeys(Path(credentials) if credentials else None)}
+        keys = {
+            each.id: KeySpec(Key(each.id, each.broker, each.group), each.path or each.id, each.seconds)
+            for each in config.key
+        }
+        limit = "too many keys were asked for; wait a little"
+        return Release(
+            keys,
+            brokers,
+            lambda caller, action, key: self._policy.decide(caller, action, core.facts(), key),
+            self._trust_epoch,
+            core.audit,
+            core,
+            Rate(core.clock, config.limits.keys_per_minute, "KEY_LIMIT", limit),
+            core.clock,
+        )
+
+    def _trust_epoch(self) -> tuple[int, str]:
+        """What was decided in one epoch is void in the next."""
+        gpus = self._core.gpus
+        return (0 if gpus is None else gpus.trust_epoch, self._policy.digest)
 
     def _gpu_sessions(self, config: Config) -> GpuSessions | None:
         gpus = _open_gpus(config.gpu)
@@ -292,6 +331,8 @@ class App:
         await asyncio.gather(*(server.stop(_DRAIN_SECONDS) for server in self._servers))
         await self._audit_denials(now=True)
         await self._audit("agent-stop")
+        if self._core.release is not None:
+            self._core.release.close()
         await asyncio.get_running_loop().run_in_executor(None, self._tpm.close)
 
     async def _establish(self) -> None:
@@ -316,6 +357,9 @@ class App:
         while True:
             await asyncio.sleep(_STATUS_SECONDS)
             self._watchdog.feed(time.monotonic())
+            if await self._core.watch_vm():
+                log.error("this VM was restored from a snapshot, or copied")
+                await self._audit("vm-restored")
             await self._audit_denials()
             await self._show()
 
@@ -369,7 +413,7 @@ class App:
     async def _apply(self, fresh: Config, policy: Policy, judge: GpuJudge) -> None:
         fixed = [
             name
-            for name in ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "gpu", "limits")
+            for name in ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "platform", "gpu", "limits", "key")
             if getattr(fresh, name) != getattr(self._started_with, name)
         ]
         self._reload_problem = f"restart to apply changes to {', '.join(fixed)}" if fixed else None

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from cgpu_agent.backends.base import AkAlgorithm
+from cgpu_agent.backends.base import AkAlgorithm, BrokerKind
 from cgpu_agent.errors import Misuse
+from cgpu_agent.wire.keyids import KEY_ID
 from cgpu_agent.wire.ready import SOCKET
 
 if sys.version_info >= (3, 11):
@@ -22,6 +23,7 @@ T = TypeVar("T")
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 MAX_FILE = 1 << 20
+MAX_KEYS = 256
 DEFAULT_POLICY = "default"
 
 
@@ -60,6 +62,13 @@ class Logs:
 
 
 @dataclass(frozen=True, slots=True)
+class PlatformConfig:
+    """``collateral``: directory of AMD's certificates (``amd.pem``) and of a TD quote (``td_quote.bin``)."""
+
+    collateral: str = "/etc/cgpu-agent/platform"
+
+
+@dataclass(frozen=True, slots=True)
 class GpuConfig:
     """The GPUs, and what is trusted about them.
 
@@ -87,13 +96,32 @@ class GpuConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyConfig:
+    """A key that can be released, where the policy permits it.
+
+    ``id``: what callers and the policy call it. ``broker``: who keeps it. ``path``: the broker's own name of it,
+    "" = the id. ``group``: for the policy. ``seconds``: after which a caller should ask again.
+    """
+
+    id: str
+    broker: BrokerKind
+    path: str = ""
+    group: str = ""
+    seconds: int = 300
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on what callers can hold: connections before, running calls after they are identified."""
+    """Bounds on what callers can hold: connections before, running calls after they are identified.
+
+    ``keys_per_minute``: how often one uid may ask for a key.
+    """
 
     connections: int = 1024
     connections_per_uid: int = 64
     calls: int = 2048
     calls_per_uid: int = 512
+    keys_per_minute: int = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +135,10 @@ class Config:
     sockets: Sockets = field(default_factory=Sockets)
     tpm: TpmConfig = field(default_factory=TpmConfig)
     logs: Logs = field(default_factory=Logs)
+    platform: PlatformConfig = field(default_factory=PlatformConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     limits: Limits = field(default_factory=Limits)
+    key: tuple[KeyConfig, ...] = ()
     source: bytes = b""
 
     @property
@@ -160,6 +190,7 @@ _TABLES: dict[str, type[Any]] = {
     "sockets": Sockets,
     "tpm": TpmConfig,
     "logs": Logs,
+    "platform": PlatformConfig,
     "gpu": GpuConfig,
     "limits": Limits,
 }
@@ -176,9 +207,25 @@ def _table(kind: type[T], document: dict[str, Any], where: str, skip: tuple[str,
             if not isinstance(value, dict):
                 raise _bad(f"{name} must be a table ([{name}])")
             values[key] = _table(_TABLES[key], value, f"{name}.")
+        elif not where and key == "key":
+            if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+                raise _bad("key must be a list of tables ([[key]])")
+            values[key] = tuple(_key(each, f"key[{number}]") for number, each in enumerate(value))
         else:
             values[key] = _value(str(hints[key].type), value, name)
     return kind(**values)
+
+
+def _key(document: dict[str, Any], name: str) -> KeyConfig:
+    for required in ("id", "broker"):
+        if required not in document:
+            raise _bad(f"{name}.{required} is missing")
+    key = _table(KeyConfig, document, f"{name}.")
+    if not KEY_ID.fullmatch(key.id):
+        raise _bad(f"{name}.id must be 1 to 128 letters, digits, dots, dashes, underscores and slashes")
+    if not 1 <= key.seconds <= 86400 * 366:
+        raise _bad(f"{name}.seconds must be within 1 second and a year")
+    return key
 
 
 def _value(annotation: str, value: Any, name: str) -> Any:
@@ -202,7 +249,8 @@ def _value(annotation: str, value: Any, name: str) -> Any:
         if not isinstance(value, list) or not value or not all(type(v) is int and 0 <= v <= 23 for v in value):
             raise _bad(f"{name} must be a list of PCR indices")
         return tuple(sorted(set(value)))
-    allowed = get_args(LogLevel) if annotation == "LogLevel" else ("rsa", "ecc", "no")
+    choices = {"LogLevel": get_args(LogLevel), "BrokerKind": get_args(BrokerKind)}
+    allowed = choices.get(annotation, ("rsa", "ecc", "no"))
     if value not in allowed:
         raise _bad(f"{name} must be one of {', '.join(allowed)}")
     return value
@@ -219,6 +267,7 @@ def _check(config: Config) -> None:
         "sockets.admin": config.sockets.admin,
         "logs.boot": config.logs.boot,
         "logs.systemd": config.logs.systemd,
+        "platform.collateral": config.platform.collateral,
         "tpm.ak_certificate": "/" if tpm.ak_certificate == "nv" else tpm.ak_certificate,
     }
     if config.policy != DEFAULT_POLICY:
@@ -237,9 +286,10 @@ def _check(config: Config) -> None:
     if min(tpm.command_seconds, tpm.request_seconds) < 1 or tpm.request_seconds < tpm.command_seconds:
         raise _bad("tpm.request_seconds must be at least tpm.command_seconds, both at least 1")
     _check_gpu(config.gpu)
-    if min(config.limits.connections, config.limits.connections_per_uid) < 1:
-        raise _bad("limits must be at least 1")
-    if min(config.limits.calls, config.limits.calls_per_uid) < 1:
+    ids = [key.id for key in config.key]
+    if len(set(ids)) != len(ids) or len(ids) > MAX_KEYS:
+        raise _bad(f"key: at most {MAX_KEYS} keys, each id once")
+    if min(getattr(config.limits, entry.name) for entry in fields(config.limits)) < 1:
         raise _bad("limits must be at least 1")
 
 

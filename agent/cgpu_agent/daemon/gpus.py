@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from cgpu_agent.daemon.config import GpuConfig
 from cgpu_agent.domain.gpujudge import GpuJudge
@@ -13,14 +13,11 @@ from cgpu_agent.domain.gpurules import GpuRules
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.verifier.certificate import load_trusted
 from cgpu_agent.verifier.collateral import Collateral
+from cgpu_agent.verifier.collateralfolder import collateral_paths, read_bounded, read_collateral
 from cgpu_agent.verifier.gpuchain import NVIDIA_DEVICE_ROOTS, NVIDIA_RIM_ROOTS, PinnedRoots, spki_digest
 from cgpu_agent.verifier.gpufloor import Floors
 
 T = TypeVar("T")
-
-MAX_FILE: Final = 8 << 20
-MAX_FILES: Final = 512
-_KINDS: Final = {".xml": "rims", ".swidtag": "rims", ".crl": "crls", ".ocsp": "ocsp"}
 
 
 def load_rules(config: GpuConfig) -> GpuRules:
@@ -36,7 +33,9 @@ def load_judge(config: GpuConfig) -> GpuJudge:
     """
     seen = hashlib.sha256(repr(config).encode())
     roots = [_roots(names, seen) for names in (config.device_roots, config.rim_roots)]
-    files = _collateral(Path(config.collateral), seen)
+    files = _own(lambda: read_collateral(collateral_paths(Path(config.collateral))))
+    for data in (data for kind in files.values() for data in kind):
+        seen.update(hashlib.sha256(data).digest())
     floors = [None if version == "none" else version for version in (config.min_driver, config.min_vbios)]
     return _own(
         lambda: GpuJudge(
@@ -63,38 +62,9 @@ def _roots(names: Sequence[str], seen: hashlib._Hash) -> PinnedRoots | None:
     keys: set[bytes] = set()
     for name in names:
         if name.startswith("/"):
-            data = _read(Path(name))
+            data = _own(lambda name=name: read_bounded(Path(name)))  # type: ignore[misc]
             seen.update(data)
             keys |= {spki_digest(each) for each in _own(lambda data=data: load_trusted(data))}  # type: ignore[misc]
         else:
             keys.add(bytes.fromhex(name))
     return PinnedRoots(frozenset(keys)) if keys else None
-
-
-def _collateral(folder: Path, seen: hashlib._Hash) -> dict[str, list[bytes]]:
-    """Files by kind; a directory that does not exist holds none."""
-    found: dict[str, list[bytes]] = {"rims": [], "crls": [], "ocsp": []}
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix in _KINDS)
-    except FileNotFoundError:
-        return found
-    except OSError as error:
-        raise Misuse("BAD_CONFIG", f"gpu.collateral: {folder} cannot be read: {error.strerror}") from error
-    if len(paths) > MAX_FILES:
-        raise Misuse("BAD_CONFIG", f"gpu.collateral: more than {MAX_FILES} files")
-    for path in paths:
-        data = _read(path)
-        seen.update(hashlib.sha256(data).digest())
-        found[_KINDS[path.suffix]].append(data)
-    return found
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE + 1)
-    except OSError as error:
-        raise Misuse("BAD_CONFIG", f"gpu: {path} cannot be read: {error.strerror}") from error
-    if len(data) > MAX_FILE:
-        raise Misuse("BAD_CONFIG", f"gpu: {path} is larger than {MAX_FILE} bytes")
-    return data

@@ -19,6 +19,8 @@ from cgpu_agent.api.v1 import (
     evidence_pb2_grpc,
     gpus_pb2,
     gpus_pb2_grpc,
+    keys_pb2,
+    keys_pb2_grpc,
     measured_boot_pb2,
     measured_boot_pb2_grpc,
 )
@@ -34,6 +36,7 @@ from cgpu_agent.rpc.frontdoor import FrontDoor
 from cgpu_agent.rpc.gpus import GpusService
 from cgpu_agent.rpc.identify import Identifier
 from cgpu_agent.rpc.interceptor import Gate, Recorder, current_caller
+from cgpu_agent.rpc.keys import KeysService
 from cgpu_agent.rpc.measured_boot import MeasuredBootService
 
 MAX_REQUEST = 64 << 10
@@ -157,10 +160,12 @@ def add_public(core: Core) -> Callable[[grpc.aio.Server], tuple[str, ...]]:
         measured_boot_pb2_grpc.add_MeasuredBootServicer_to_server(MeasuredBootService(core), server)
         evidence_pb2_grpc.add_EvidenceServicer_to_server(EvidenceService(core), server)
         gpus_pb2_grpc.add_GpusServicer_to_server(GpusService(core), server)
+        keys_pb2_grpc.add_KeysServicer_to_server(KeysService(core), server)
         return (
             measured_boot_pb2.DESCRIPTOR.services_by_name["MeasuredBoot"].full_name,
             evidence_pb2.DESCRIPTOR.services_by_name["Evidence"].full_name,
             gpus_pb2.DESCRIPTOR.services_by_name["Gpus"].full_name,
+            keys_pb2.DESCRIPTOR.services_by_name["Keys"].full_name,
         )
 
     return add

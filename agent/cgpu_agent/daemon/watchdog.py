@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from cgpu_agent.daemon.notify import Notifier
+from cgpu_agent.backends.notify import Notifier
 
 Heartbeat = tuple[Callable[[float], float], float]
 """(age of the last sign of life at a ``time.monotonic`` instant, largest healthy age), both in seconds."""

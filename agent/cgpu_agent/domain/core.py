@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -14,13 +14,18 @@ from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.boot import MeasuredBoot
 from cgpu_agent.domain.evidence import Evidence
 from cgpu_agent.domain.gpus import GpuSessions
+from cgpu_agent.domain.gpustate import Reason
 from cgpu_agent.domain.keys import Keys, establish, with_certificate
+from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.policy import Facts
+from cgpu_agent.domain.release import Release
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import AgentError, DeviceFault, Unavailable
 
 State = Literal["starting", "serving", "degraded", "refusing", "stopping"]
 
+_UNSEEN = -1
+_RESTORED = Reason("VM_RESTORED", "this VM was restored from a snapshot, or copied")
 _ESTABLISH_SECONDS = 60.0  # an RSA key made by a slow TPM takes tens of seconds
 
 
@@ -87,8 +92,14 @@ class Core:
     audit: AuditLog | None = None
     audit_problem: AgentError | None = None
     """Why no audit log is kept; then nothing happens that needs its record."""
+    platform: PlatformBelow | None = None
+    """``None`` where nobody asks it."""
     gpus: GpuSessions | None = None
     """``None`` where nothing looks at GPUs."""
+    release: Release | None = None
+    """``None`` where no keys are configured."""
+    vm_generation: Callable[[], int | None] = lambda: None
+    _generation: int | None = _UNSEEN
     _boot: MeasuredBoot | None = None
     _evidence: Evidence | None = None
     _failure: AgentError | None = None
@@ -175,6 +186,8 @@ class Core:
                 pcrs=settings.evidence_pcrs,
                 audit=self.audit,
                 gpus=self.gpus,
+                platform=self.platform,
+                vm_generation=self.vm_generation,
             )
             self._boot = boot
             self.certify(self._certificate)
@@ -195,6 +208,16 @@ class Core:
             await self._boot.measure_agent({"event": "agent-reload", **agent})
         finally:
             self._evidence.agent = dict(agent)
+
+    async def watch_vm(self) -> bool:
+        """Whether the machine was restored or copied since the last look; then nothing of before is trusted."""
+        now = self.vm_generation()
+        before, self._generation = self._generation, now
+        if before in (now, _UNSEEN):
+            return False
+        if self.gpus is not None:
+            await self.gpus.distrust(_RESTORED)
+        return True
 
     def certify(self, certificate: bytes | None) -> None:
         """Use this certificate of the platform AK (DER) instead of the one in NV; ``None`` changes nothing.
@@ -284,11 +307,14 @@ class Core:
         """What policy may ask about the machine."""
         found = {problem.reason for problem in self.problems()}
         known = self._boot is not None
+        view = None if self.gpus is None else self.gpus.view()
         return Facts(
             state=self.state(),
             endorsed=known and "UNENDORSED" not in found,
             boot_log=known and not found & {"NO_BOOT_LOG", "LOG_TOO_LARGE"},
-            gpus="not-asked" if self.gpus is None else self.gpus.view().state,
+            gpus="not-asked" if view is None else view.state,
+            gpus_simulated=view is not None
+            and any(each.verdict is not None and each.verdict.simulated for each in view.sessions),
         )
 
     def line(self) -> str:

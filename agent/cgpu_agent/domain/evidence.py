@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from cgpu_agent.backends.base import Clock, TpmCommands
 from cgpu_agent.domain.audit import AuditLog
@@ -16,6 +16,7 @@ from cgpu_agent.domain.boot import AGENT, BootQuote, MeasuredBoot, consistent_qu
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.gpucollect import GpuCollection
 from cgpu_agent.domain.gpus import NO_GPUS, GpuSessions
+from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.turns import RoundRobin
 from cgpu_agent.errors import AgentError, Misuse, Unavailable
 from cgpu_agent.wire.bundle import (
@@ -27,6 +28,7 @@ from cgpu_agent.wire.bundle import (
     AuditAnchor,
     Bundle,
     BundleFrame,
+    KeyRelease,
     LogDigest,
     Manifest,
     SignedAttest,
@@ -36,6 +38,7 @@ from cgpu_agent.wire.bundle import (
 )
 from cgpu_agent.wire.gpunonce import gpu_batch_nonce
 from cgpu_agent.wire.merkle import Tree
+from cgpu_agent.wire.platformwords import PlatformWords
 from cgpu_agent.wire.tpm import PcrSelection
 
 MAX_BATCH = 256
@@ -67,6 +70,15 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class _Reports:
+    """What others than the TPM say for one batch; ``missing`` as in ``Manifest.missing``."""
+
+    gpus: GpuCollection | None
+    platform: PlatformWords | None
+    missing: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Collected:
     """What one batch shares."""
 
@@ -75,7 +87,7 @@ class _Collected:
     boot_log: bytes | None
     systemd_log: bytes | None
     agent_log: bytes
-    gpus: GpuCollection | None
+    reports: _Reports
 
 
 class _Lane:
@@ -106,6 +118,8 @@ class Evidence:
         pcrs: PCRs of the evidence quote; must hold the agent register.
         audit: the audit log whose head every manifest holds.
         gpus: the GPUs; ``None`` where nothing looks at GPUs.
+        platform: what stands below the vTPM; ``None`` where nobody asks it.
+        vm_generation: as ``Manifest.vm_generation``.
     """
 
     def __init__(
@@ -118,6 +132,8 @@ class Evidence:
         pcrs: tuple[int, ...],
         audit: AuditLog | None = None,
         gpus: GpuSessions | None = None,
+        platform: PlatformBelow | None = None,
+        vm_generation: Callable[[], int | None] = lambda: None,
     ) -> None:
         if boot.log.register not in pcrs:
             raise ValueError("the evidence quote must cover the agent register")
@@ -128,10 +144,17 @@ class Evidence:
         self.audit = audit
         self._selection = PcrSelection.of("sha256", pcrs)
         self._gpus = gpus
+        self._platform = platform
+        self._vm_generation = vm_generation
         self._boot_lane, self._gpu_lane = _Lane(), _Lane()
 
-    async def get(self, caller: Caller, request: Request) -> bytes:
+    async def get(self, caller: Caller, request: Request, release: KeyRelease | None = None) -> bytes:
         """A bundle for this caller.
+
+        Args:
+            caller: whom the statement names.
+            request: what the caller, or a key broker, asks for.
+            release: the key that the agent wants let go for the caller. No caller can set it.
 
         Raises:
             Misuse: see ``Request.check``.
@@ -142,7 +165,7 @@ class Evidence:
         if request.gpus and self._gpus is None:
             raise Unavailable(NO_GPUS.slug, NO_GPUS.message)
         statement = Statement(
-            purpose="evidence",
+            purpose="evidence" if release is None else "release",
             audience=request.audience,
             nonce=request.nonce,
             user_data=request.user_data,
@@ -152,6 +175,7 @@ class Evidence:
             salt=os.urandom(16),
             boot_id=self._boot_id,
             time=int(self._clock.time()),
+            release=release,
         ).encode()
         if len(statement) > MAX_STATEMENT:
             raise Unavailable("STATEMENT_TOO_LARGE", "the caller's identity does not fit into a statement")
@@ -184,31 +208,43 @@ class Evidence:
         self, batch: list[_Waiting], gpus: GpuSessions | None
     ) -> list[tuple[asyncio.Future[bytes], bytes]]:
         tree = Tree([statement for statement, _ in batch])
-        devices: GpuCollection | None = None
-        if gpus is not None:
-            devices = await gpus.collect(gpu_batch_nonce(self._boot.keys.agent_ak_name, tree.root))
+        reports = await self._ask(tree, gpus)
 
         def job(tpm: TpmCommands) -> _Collected:
-            return self._collect(tpm, tree, devices)
+            return self._collect(tpm, tree, reports)
 
         collected = await self._boot.run(AGENT, job)
-        if gpus is not None and devices is not None:
-            gpus.require_still(devices)
+        if gpus is not None and reports.gpus is not None:
+            gpus.require_still(reports.gpus)
         frame = BundleFrame(self._shared(collected))
         return [
             (answer, frame.fill(statement, index, tree.path(index)))
             for index, (statement, answer) in enumerate(batch)
         ]
 
-    def _collect(self, tpm: TpmCommands, tree: Tree, gpus: GpuCollection | None) -> _Collected:
+    async def _ask(self, tree: Tree, gpus: GpuSessions | None) -> _Reports:
+        """Everybody but the TPM, at once: each answer is made for this batch, so none can be there before it."""
+
+        async def devices() -> GpuCollection | None:
+            return (
+                None
+                if gpus is None
+                else await gpus.collect(gpu_batch_nonce(self._boot.keys.agent_ak_name, tree.root))
+            )
+
+        async def platform() -> tuple[PlatformWords | None, tuple[tuple[str, str], ...]]:
+            return (None, ()) if self._platform is None else await self._platform.words(tree.root)
+
+        found, (words, missing) = await asyncio.gather(devices(), platform())
+        return _Reports(found, words, missing)
+
+    def _collect(self, tpm: TpmCommands, tree: Tree, reports: _Reports) -> _Collected:
         """Everything that the quote must cover at one instant; runs as one TPM job."""
         boot_log = self._boot.logs.boot()
         self._boot.log.settle(tpm)
         agent_log = self._boot.log.data
         with self._boot.logs.systemd() as systemd_log:
-            manifest = self._manifest(tree, boot_log, systemd_log, agent_log)
-            if gpus is not None:
-                manifest = replace(manifest, gpus=gpus.inventory())
+            manifest = self._manifest(tree, boot_log, systemd_log, agent_log, reports)
             encoded = manifest.encode()
             found, attest = consistent_quote(
                 tpm,
@@ -221,10 +257,12 @@ class Evidence:
         self._boot.log.check(found.pcrs)
         if self.audit is not None and manifest.audit is not None:
             self.audit.quoted = manifest.audit.head
-        return _Collected(encoded, found, boot_log, systemd_log, agent_log, gpus)
+        return _Collected(encoded, found, boot_log, systemd_log, agent_log, reports)
 
-    def _manifest(self, tree: Tree, boot_log: bytes | None, systemd_log: bytes | None, agent_log: bytes) -> Manifest:
-        missing: list[tuple[str, str]] = []
+    def _manifest(
+        self, tree: Tree, boot_log: bytes | None, systemd_log: bytes | None, agent_log: bytes, reports: _Reports
+    ) -> Manifest:
+        missing = list(reports.missing)
         if self.audit is None:
             missing.append(("audit-log", "none is kept"))
         if boot_log is None:
@@ -246,6 +284,9 @@ class Evidence:
             agent_log=LogDigest.of(agent_log),
             missing=tuple(missing),
             audit=None if self.audit is None else AuditAnchor(self.audit.head, self.audit.quoted),
+            gpus=None if reports.gpus is None else reports.gpus.inventory(),
+            platform=None if reports.platform is None else reports.platform.digest(),
+            vm_generation=self._vm_generation(),
         )
 
     def _shared(self, collected: _Collected) -> Bundle:
@@ -266,5 +307,6 @@ class Evidence:
             boot_log=collected.boot_log,
             systemd_log=collected.systemd_log,
             agent_log=collected.agent_log,
-            gpus=None if collected.gpus is None else collected.gpus.words(),
+            gpus=None if collected.reports.gpus is None else collected.reports.gpus.words(),
+            platform=collected.reports.platform,
         )

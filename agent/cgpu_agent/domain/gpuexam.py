@@ -88,7 +88,10 @@ class GpuExaminer:
         return devices
 
     async def examine(self, attempt: Attempt, judge: Judge) -> dict[str, Verdict]:
-        """Ask every device, and have the answers judged. Raises ``Refused``."""
+        """Ask every device, and have the answers judged.
+
+        Raises ``Refused``, and ``Unavailable`` (``CLOCK_BEFORE_FLOOR``).
+        """
         faults = {
             info.uuid: fault for info in attempt.devices if (fault := mode_fault(info, self._rules)) is not None
         }
@@ -100,6 +103,7 @@ class GpuExaminer:
         identities = self._identities(attempt, result, nonce)
         for moment in signed_moments(result):
             self._floor.rise(moment)
+        self._floor.now()  # where they have shown that the clock is behind, this was judged at a wrong time
         until = began + self._rules.reattest_seconds
         return {
             uuid: Verdict(identity, at.timestamp(), until, simulated)

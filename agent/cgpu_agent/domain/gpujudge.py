@@ -14,6 +14,7 @@ from cgpu_agent.verifier.gpucase import DeviceEvidence, GpuParty
 from cgpu_agent.verifier.gpuchain import NVIDIA_DEVICE_ROOTS, NVIDIA_RIM_ROOTS, PinnedRoots
 from cgpu_agent.verifier.gpufloor import Floors
 from cgpu_agent.verifier.gpuset import SetResult, verify_devices
+from cgpu_agent.verifier.revocation import CLOCK_SKEW
 
 _ARCHITECTURES = {
     "ampere": Architecture.AMPERE,
@@ -69,8 +70,19 @@ def _evidence(info: GpuInfo, evidence: GpuEvidence) -> DeviceEvidence:
 
 
 def signed_moments(result: SetResult) -> list[datetime]:
-    """Moments that have passed for sure: when the signers of the accepted reference values got their certificates."""
-    return [
+    """Moments that have passed for sure, by who is trusted.
+
+    When the signers of the accepted reference values got their certificates; and when CRLs and OCSP responses were
+    made that are soundly signed, fresh or not, by a clock that may have been ahead as far as the verifier allows.
+    """
+    papers = [
+        status.signed - CLOCK_SKEW
+        for device in result.devices
+        for statuses in device.revocation.values()
+        for status in statuses
+        if status.signed is not None
+    ]
+    return papers + [
         rim.verified.path.leaf.not_valid_before_utc
         for device in result.devices
         for rim in device.rims.values()

@@ -21,13 +21,11 @@ from cgpu_agent.verifier.keys import certificate_key, load_attestation_key, same
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.bundle import MAX_CERTIFICATE, agent_ak_qualifying_data
 from cgpu_agent.wire.der import trim_der
+from cgpu_agent.wire.hcl import AK_CERTIFICATE_INDEX
 from cgpu_agent.wire.strictjson import Fields, b64
 from cgpu_agent.wire.tpm import Certified, ClockInfo, parse_attest, parse_public
 
 _STATE = "agent-ak"
-
-AK_CERTIFICATE_INDEX = 0x01C101D0
-"""NV index of the platform AK's certificate on Azure."""
 
 EK_CERTIFICATE_INDICES = (0x01C00002, 0x01C0000A, 0x01C00016)
 """NV indices of EK certificates: RSA-2048, ECC P-256, ECC P-384 (TCG EK Credential Profile 2.5, 2.2.1.4)."""

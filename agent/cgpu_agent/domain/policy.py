@@ -23,6 +23,7 @@ class Action(str, Enum):
     """What a caller may ask for; the values are the ids of the schema's actions."""
 
     IDENTITY = "boot.identity"
+    PLATFORM = "boot.platform"
     QUOTE = "boot.quote"
     RAW_QUOTE = "boot.raw_quote"
     PCRS = "boot.pcrs"
@@ -35,11 +36,15 @@ class Action(str, Enum):
     GPU_REPORT = "gpu.report"
     GPU_RAW_REPORT = "gpu.raw_report"
     GPU_ATTEST = "gpu.attest"
+    KEY_LIST = "key.list"
+    KEY_GET = "key.get"
+    KEY_PLAIN = "key.get_plain"
 
 
 OPEN: Final = frozenset(
     {
         Action.IDENTITY,
+        Action.PLATFORM,
         Action.QUOTE,
         Action.PCRS,
         Action.EVENT_LOG,
@@ -47,9 +52,28 @@ OPEN: Final = frozenset(
         Action.GPU_LIST,
         Action.GPU_WATCH,
         Action.GPU_REPORT,
+        Action.KEY_LIST,
     }
 )
 """Actions that tell a caller about the VM, or speak only in the caller's own name. All others are sensitive."""
+
+
+OF_KEYS: Final = frozenset({Action.KEY_GET, Action.KEY_PLAIN})
+"""Actions whose resource is a ``Key``; that of all others is the machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key as policy sees it: its id, who keeps it, and the group that the operator put it in."""
+
+    id: str
+    broker: str
+    group: str = ""
+
+    @property
+    def entity(self) -> Entity:
+        """As a resource."""
+        return Entity("CGpu::Key", self.id, {"broker": self.broker, "group": self.group})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +85,19 @@ class Facts:
         endorsed: the platform AK has a certificate.
         boot_log: the firmware's event log is there.
         gpus: ``not-asked``, or as ``GpuView.state`` has it: ``none``, ``ready`` or ``not-ready``.
+        gpus_simulated: a root other than NVIDIA's vouches for some GPU that is trusted.
     """
 
     state: str = "starting"
     endorsed: bool = False
     boot_log: bool = False
     gpus: str = "not-asked"
+    gpus_simulated: bool = False
 
     def context(self) -> dict[str, Any]:
         """The complete record of the schema's ``Facts``."""
         boot = {"state": self.state, "endorsed": self.endorsed, "boot_log": self.boot_log}
-        return {"boot": boot, "gpus": self.gpus}
+        return {"boot": boot, "gpus": self.gpus, "gpus_simulated": self.gpus_simulated}
 
 
 def workload(caller: Caller) -> Entity:
@@ -110,9 +136,12 @@ class Policy:
         )
         """Whether a rule speaks of the caller's program, so that it must be hashed before deciding."""
 
-        def ask(caller: Caller, action: Action, facts: Facts) -> Decision:
+        def ask(caller: Caller, action: Action, facts: Facts, key: Key | None) -> Decision:
             return policies.decide(
-                principal=workload(caller), action=action.value, resource=_THIS_VM, context=facts.context()
+                principal=workload(caller),
+                action=action.value,
+                resource=_THIS_VM if key is None else key.entity,
+                context=facts.context(),
             )
 
         self._ask: Final = lru_cache(_KEPT_DECISIONS)(ask)
@@ -132,11 +161,17 @@ class Policy:
         """SHA-256 hex of the text: what evidence states of the policy."""
         return self._policies.digest
 
-    def decide(self, caller: Caller, action: Action, facts: Facts) -> Decision:
-        """Whether the caller may. A caller with ids that no kernel gives out may do nothing."""
+    def decide(self, caller: Caller, action: Action, facts: Facts, key: Key | None = None) -> Decision:
+        """Whether the caller may. A caller with ids that no kernel gives out may do nothing.
+
+        Args:
+            key: what an action of ``OF_KEYS`` is about; ``None`` for the others.
+        """
+        if (key is None) is (action in OF_KEYS):
+            return Decision(False, (), "the action is about something else")
         groups = caller.groups or ()
         # Before anything is looked up: 1.0 and True would be found as 1.
         if not all(type(number) is int and 0 <= number <= _ID_MAX for number in (caller.uid, caller.gid, *groups)):
             return Decision(False, (), "the caller's ids are not a kernel's")
         ask = self._ask if len(groups) <= _KEPT_GROUPS else self._ask.__wrapped__
-        return ask(caller, action, facts)
+        return ask(caller, action, facts, key)

@@ -8,22 +8,26 @@ asked (patterns, names that do not last, actions not named) is read from the pol
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Final, get_args
 
+from cgpu_agent.backends.base import BrokerKind
 from cgpu_agent.cedar.engine import Policies
 from cgpu_agent.cedar.files import agent_schema
 from cgpu_agent.cedar.text import Problem, Source
 from cgpu_agent.domain.caller import Caller, IdentityStrength
-from cgpu_agent.domain.policy import OPEN, Action, Facts, Policy
+from cgpu_agent.domain.policy import OF_KEYS, OPEN, Action, Facts, Key, Policy
 
 _SENSITIVE: Final = tuple(action for action in Action if action not in OPEN)
 _SITUATIONS: Final = tuple(
-    Facts(state=state, endorsed=endorsed, boot_log=boot_log)
-    for state, endorsed, boot_log in product(
-        ("serving", "degraded", "starting", "refusing", "stopping"), (True, False), (True, False)
+    Facts(state, endorsed, boot_log, *gpus)
+    for state, endorsed, boot_log, gpus in product(
+        ("serving", "degraded", "starting", "refusing", "stopping"),
+        (True, False),
+        (True, False),
+        (("ready", False), ("ready", True), ("not-ready", False), ("none", False), ("not-asked", False)),
     )
 )
 _STRANGER: Final = 4_123_456_789
@@ -31,6 +35,7 @@ _ID_MAX: Final = 0xFFFFFFFE
 _CONTAINER: Final = "5c" * 32
 _UNIT: Final = "any.service"
 _MAX_NUMBERS: Final = 64
+_MAX_KEYS: Final = 16
 _PATTERN: Final = re.compile(r"(?:[^\\]|\\.)*?\*")
 _CONTAINER_ID: Final = re.compile(r"[0-9a-f]{64}")
 _LOGIN: Final = re.compile(r"user@[0-9]+\.service|session-[^/]+\.scope")
@@ -70,7 +75,21 @@ def _of_policy(source: Source) -> Iterator[Problem]:
 
 def _always_answers(alone: Policy) -> bool:
     callers = [_caller(strength) for strength in get_args(IdentityStrength)]
-    return not any(alone.decide(caller, action, _SITUATIONS[0]).log_detail for caller in callers for action in Action)
+    return not any(
+        alone.decide(caller, action, _SITUATIONS[0], key).log_detail
+        for caller in callers
+        for action in Action
+        for key in _resources(action, ())
+    )
+
+
+def _resources(action: Action, words: Iterable[str]) -> list[Key | None]:
+    """What an action can be about: for keys, those that a policy's own words may name, by id, group or broker."""
+    if action not in OF_KEYS:
+        return [None]
+    texts = dict.fromkeys(word.strip('"') for word in words if word.startswith('"'))
+    brokers = [broker for broker in get_args(BrokerKind) if broker in texts] or ["sealed"]
+    return [Key(text, broker, text) for text in [*list(texts)[:_MAX_KEYS], "any/key"] for broker in brokers]
 
 
 def _risks(source: Source, alone: Policy) -> Iterator[str]:
@@ -101,7 +120,11 @@ def _asked(source: Source, alone: Policy, actions: list[Action]) -> Iterator[str
     situations = _SITUATIONS if "context" in source.words else _SITUATIONS[:1]
 
     def allowed(caller: Caller, action: Action) -> bool:
-        return any(alone.decide(caller, action, facts).allowed for facts in situations)
+        return any(
+            alone.decide(caller, action, facts, key).allowed
+            for facts in situations
+            for key in _resources(action, source.words)
+        )
 
     told: set[int] = set()
     for probe in _probes(source):

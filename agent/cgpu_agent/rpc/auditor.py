@@ -10,12 +10,13 @@ from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import OPEN, Decision
 from cgpu_agent.errors import AgentError, Unavailable
-from cgpu_agent.rpc.methods import ACTIONS
+from cgpu_agent.rpc.methods import ACTIONS, BY_KEY
 
 log = structlog.get_logger()
 
-WEIGHTY = frozenset(method for method, action in ACTIONS.items() if action not in OPEN)
+WEIGHTY = frozenset(method for method, action in ACTIONS.items() if action not in OPEN) | BY_KEY
 """Methods that are denied by default: whoever is let in is put on record first."""
+_KNOWN = ACTIONS.keys() | BY_KEY
 
 
 class Auditor:
@@ -30,7 +31,7 @@ class Auditor:
 
     def denied(self, caller: Caller | None, method: str, reason: str) -> None:
         if self._audit is not None:
-            self._audit.denied(caller, method if method in ACTIONS else "", reason)
+            self._audit.denied(caller, method if method in _KNOWN else "", reason)
 
     async def begins(
         self, caller: Caller, method: str, decision: Decision

@@ -51,6 +51,21 @@ class MeasuredBootService(measured_boot_pb2_grpc.MeasuredBootServicer):
             restart_count=keys.clock.restart_count,
         )
 
+    async def GetPlatform(self, request: pb.GetPlatformRequest, context: Any) -> pb.GetPlatformResponse:
+        keys = (await self._boot()).keys
+        if self._core.platform is None:
+            raise Unavailable("NO_PLATFORM", "this agent does not look at the platform")
+        found = await self._core.platform.report()
+        return pb.GetPlatformResponse(
+            kind=found.kind,
+            report=found.report or b"",
+            certificates=found.certificates,
+            td_quote=found.td_quote or b"",
+            platform_ak=keys.platform_ak,
+            platform_ak_certificate=keys.platform_ak_certificate or b"",
+            missing=dict(found.missing),
+        )
+
     async def GetQuote(self, request: pb.GetQuoteRequest, context: Any) -> pb.GetQuoteResponse:
         boot, caller = await self._boot(), current_caller()
         found = await boot.quote(caller, request.nonce, _pcrs(request.pcrs))

@@ -9,9 +9,11 @@ from cgpu_agent.domain.policy import Action, Decision, Facts, Policy
 
 _BOOT = "/cgpu.agent.v1.MeasuredBoot/"
 _GPUS = "/cgpu.agent.v1.Gpus/"
+_KEYS = "/cgpu.agent.v1.Keys/"
 
 ACTIONS: Mapping[str, Action] = {
     _BOOT + "GetIdentity": Action.IDENTITY,
+    _BOOT + "GetPlatform": Action.PLATFORM,
     _BOOT + "GetQuote": Action.QUOTE,
     _BOOT + "GetRawQuote": Action.RAW_QUOTE,
     _BOOT + "ReadPcrs": Action.PCRS,
@@ -24,7 +26,11 @@ ACTIONS: Mapping[str, Action] = {
     _GPUS + "GetReport": Action.GPU_REPORT,
     _GPUS + "GetRawReport": Action.GPU_RAW_REPORT,
     _GPUS + "Attest": Action.GPU_ATTEST,
+    _KEYS + "List": Action.KEY_LIST,
 }
+
+BY_KEY = frozenset({_KEYS + "Get"})
+"""Methods that policy decides by what they ask for: the domain asks it, for each key."""
 
 _ABOUT_THE_SERVER = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")
 
@@ -36,6 +42,8 @@ def public_authorizer(policy: Callable[[], Policy], facts: Callable[[], Facts]) 
         action = ACTIONS.get(method)
         if action is not None:
             return policy().decide(caller, action, facts())
+        if method in BY_KEY:
+            return Decision(True, (), "decided by the key")
         if method.startswith(_ABOUT_THE_SERVER):
             return Decision(True, (), "open to everybody")
         return Decision(False, (), "this socket serves no such method")

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, TypeVar, get_args, get_origin, get_type_
 from cgpu_agent.errors import Misuse
 from cgpu_agent.verifier.ekclass import EkClass
 from cgpu_agent.wire.bundle import MAX_BUNDLE, PURPOSES, check_audience
+from cgpu_agent.wire.gpuinventory import MAX_DEVICES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -62,6 +63,33 @@ class Trust:
 
 
 @dataclass(frozen=True, slots=True)
+class Platform:
+    """What is demanded of the processor below the vTPM; ``floors`` as for ``cgpuctl verify --floor``."""
+
+    floors: tuple[str, ...] = ()
+    require_fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What is demanded of GPUs, as by the options of ``cgpuctl verify``.
+
+    ``device_roots``, ``rim_roots``: files of certificates; none = NVIDIA's. ``collateral``: a store. ``count``: how
+    many there must be; 0 = not said. ``max_age``: days of CRLs and OCSP responses; 0 = as long as they say.
+    """
+
+    device_roots: tuple[Path, ...] = ()
+    rim_roots: tuple[Path, ...] = ()
+    collateral: Path | None = None
+    count: int = 0
+    min_driver: str = ""
+    min_vbios: str = ""
+    max_age: int = 0
+    require_revocation: bool = False
+    allow_no_rim: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Enrol:
     """The enrolment CAs (none by default) and the roots of EK certificates, by class.
 
@@ -106,6 +134,8 @@ class Config:
     log_level: LogLevel = "info"
     token: Token = field(default_factory=Token)
     trust: Trust = field(default_factory=Trust)
+    platform: Platform = field(default_factory=Platform)
+    gpu: Gpu = field(default_factory=Gpu)
     enrol: Enrol = field(default_factory=Enrol)
     limits: Limits = field(default_factory=Limits)
 
@@ -219,6 +249,8 @@ def _check(config: Config) -> None:
         raise _bad("trust.register must be a PCR that cannot be reset: 0-15")
     if not all(re.fullmatch(r"000[bcd]([0-9a-f]{2}){32,64}", name) for name in config.trust.pinned_ak_names):
         raise _bad("trust.pinned_ak_names must hold Names: the algorithm and the digest, in lower-case hex")
+    if config.gpu.count > MAX_DEVICES:
+        raise _bad(f"gpu.count must be at most {MAX_DEVICES}")
     _check_enrol(config.enrol)
     limits = config.limits
     if min(getattr(limits, entry.name) for entry in fields(limits)) < 1 or limits.workers > 64:

@@ -40,7 +40,6 @@ class Judge:
 
     Attributes:
         party: audience, trust anchors and the rest; ``nonce`` and ``at`` are set for each bundle.
-        purposes: of statements that get a token.
         policy, reference: for ``appraise``.
         replica_keys: which nonces are ours.
         nonce_seconds, token_seconds: both count from when the nonce was made.
@@ -49,7 +48,6 @@ class Judge:
     """
 
     party: RelyingParty
-    purposes: frozenset[str]
     policy: Policies
     reference: Reference | None
     replica_keys: ReplicaKeys
@@ -99,5 +97,5 @@ class Judge:
         )
 
     def _require_purpose(self, statement: Statement) -> None:
-        if statement.purpose not in self.purposes:
+        if statement.purpose not in self.party.purposes:
             raise HostileInput("PURPOSE_NOT_ACCEPTED", "the evidence was made for a purpose that gets no token here")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -26,7 +26,7 @@ from cgpu_agent.cedar.engine import Policies
 from cgpu_agent.cedar.files import APPRAISAL_SCHEMA
 from cgpu_agent.errors import AgentError, HostileInput, Misuse
 from cgpu_agent.service import replica
-from cgpu_agent.service.config import Config
+from cgpu_agent.service.config import Config, Gpu
 from cgpu_agent.service.enrol import MAX_INTERMEDIATES, EkRoots
 from cgpu_agent.service.issuer import Issuer, Issuers
 from cgpu_agent.service.judge import Judge
@@ -36,7 +36,12 @@ from cgpu_agent.verifier.chain import MAX_CERTIFICATES
 from cgpu_agent.verifier.ear import sign_ear
 from cgpu_agent.verifier.ekclass import EkClass
 from cgpu_agent.verifier.evidence import RelyingParty
+from cgpu_agent.verifier.platformcase import PlatformParty
+from cgpu_agent.verifier.platformfloor import parse_floors
 from cgpu_agent.verifier.reference import Reference, parse_reference
+
+if TYPE_CHECKING:
+    from cgpu_agent.verifier.gpucase import GpuParty
 
 MAX_FILE: Final = 1 << 20
 DEFAULT_POLICY: Final = APPRAISAL_SCHEMA.parent / "default-appraisal.cedar"
@@ -85,11 +90,14 @@ def load(config: Config) -> Material:
         allow_unendorsed=trust.allow_unendorsed,
         allow_no_boot_log=trust.allow_no_boot_log,
         register=trust.register,
+        purposes=frozenset(trust.purposes),
+        platform_party=_platform_party(config),
+        gpu_count=config.gpu.count or None,
+        gpu_party=_gpu_party(config),
     )
     policy_path = trust.policy or DEFAULT_POLICY
     judge = Judge(
         party=party,
-        purposes=frozenset(trust.purposes),
         policy=Policies.load(_text(policy_path), _text(APPRAISAL_SCHEMA), str(policy_path)),
         reference=None if trust.reference is None else _reference(trust.reference),
         replica_keys=replica_keys,
@@ -107,6 +115,23 @@ def load(config: Config) -> Material:
         ek_intermediates=_intermediates(enrol.ek_intermediates, MAX_CERTIFICATES - MAX_INTERMEDIATES),
         issuers=issuers,
     )
+
+
+def _platform_party(config: Config) -> PlatformParty:
+    snp_floor, tdx_floor = parse_floors(config.platform.floors)
+    at = datetime.fromtimestamp(0, timezone.utc)
+    return PlatformParty(at, snp_floor=snp_floor, tdx_floor=tdx_floor, require_fresh=config.platform.require_fresh)
+
+
+def _gpu_party(config: Config) -> GpuParty | None:
+    """``None`` where nothing is demanded of GPUs: then nothing for them need be installed."""
+    if config.gpu == Gpu():
+        return None
+    try:
+        from cgpu_agent.service import gpus  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise Misuse("GPU_PACKAGES_MISSING", "gpu: judging GPUs takes more: pip install 'cgpu-agent[gpu]'") from error
+    return gpus.load_party(config.gpu)
 
 
 def _ek_trust(config: Config) -> tuple[EkRoots, ...]:

@@ -18,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier import ekclass
 from cgpu_agent.verifier.keys import certificate_from_der, certificate_key
-from cgpu_agent.wire.der import is_pem, pem_blocks, trim_der
+from cgpu_agent.wire.der import certificates_of_pem, is_pem, trim_der
 from cgpu_agent.wire.text import printable
 
 _SOUND_HASHES: Final = frozenset({"sha256", "sha384", "sha512"})
@@ -74,10 +74,7 @@ def load_certificates(data: bytes) -> tuple[x509.Certificate, ...]:
     """Load PEM with any number of certificates (at most 16), or one in DER. See ``load_certificate``."""
     if not is_pem(data):
         return (certificate_from_der(trim_der(data)),)
-    blocks = pem_blocks(data)
-    if any(label != "CERTIFICATE" for label, _ in blocks):
-        raise HostileInput("BAD_CERTIFICATE", "PEM: a block that is no certificate")
-    return tuple(certificate_from_der(trim_der(der)) for _, der in blocks)
+    return tuple(certificate_from_der(der) for der in certificates_of_pem(data))
 
 
 _PEM_BLOCK = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)

@@ -114,6 +114,7 @@ def _agent(case: _Case) -> Claims:
             "boot_id": case.statement.boot_id,
             "missing": [{"part": part, "reason": reason} for part, reason in manifest.missing],
             "time": case.statement.time,
+            "vm_generation": manifest.vm_generation,
         },
     )
 
@@ -128,6 +129,7 @@ def _workload(case: _Case) -> Claims:
             "caller": dict(statement.caller),
             "key_sha256": None if key is None else hashlib.sha256(key).hexdigest(),
             "purpose": statement.purpose,
+            "release": None if statement.release is None else statement.release.to_json(),
             "user_data": None if statement.user_data is None else statement.user_data.hex(),
         },
     )

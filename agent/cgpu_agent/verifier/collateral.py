@@ -6,7 +6,7 @@ claim and verified afterwards, for every device anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import islice
@@ -59,20 +59,28 @@ class Collateral:
         )
         return cls(documents, revocation)
 
-    def newest_rim(self, edition: str, version: str) -> RimDocument | None:
+    def newest_rim(self, edition: str, version: str, products: Collection[str] = ()) -> RimDocument | None:
         """The manifest that claims to be about this version; of several issues the one signed last.
 
         An older issue is no fallback, even where the newer one fails: the goldens of one version have changed between
         issues, and whoever holds an old one back must not win by that (compare versions without regard to case).
 
+        Args:
+            edition: ``GPU`` or ``SWITCH``.
+            version: of driver or firmware.
+            products: names of the chip, whose issues are told apart from those of other chips for the same driver;
+                where there is none for it, one for another chip is found, for the caller to refuse.
+
         Raises:
             HostileInput: ``AMBIGUOUS_RIM``: two different issues of one moment; ``BAD_CERTIFICATE``.
         """
-        fits = [
-            (_signed_at(each), each)
+        named = [
+            each
             for each in self.rims
             if each.claimed.edition == edition and each.claimed.version.upper() == version.upper()
         ]
+        own = [each for each in named if each.claimed.product in products]
+        fits = [(signed_at(each), each) for each in own or named]
         if not fits:
             return None
         latest = max(moment for moment, _ in fits)
@@ -86,8 +94,11 @@ class Collateral:
         return tuple(sorted({each.claimed.version for each in self.rims if each.claimed.edition == edition}))
 
 
-def _signed_at(document: RimDocument) -> datetime:
-    """When the signer's certificate began, which NVIDIA issues anew with each manifest."""
+def signed_at(document: RimDocument) -> datetime:
+    """When the signer's certificate began, which NVIDIA issues anew with each manifest; claimed, not verified.
+
+    Raises ``HostileInput`` (``BAD_CERTIFICATE``).
+    """
     return certificate_from_der(document.certificates[0]).not_valid_before_utc
 
 

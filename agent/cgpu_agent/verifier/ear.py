@@ -83,6 +83,12 @@ def ear_claims(
     if statement is not None:
         claims["cgpu.purpose"] = statement.purpose
         claims["eat_nonce"] = _b64url(statement.nonce)
+        if statement.release is not None:
+            claims |= {
+                "cgpu.broker": statement.release.broker,
+                "cgpu.key_id": statement.release.key,
+                "cgpu.recipient": None if statement.release.recipient is None else statement.release.recipient.hex(),
+            }
         if statement.public_key is not None:
             claims["cnf"] = _confirmation(statement.public_key)
     return claims

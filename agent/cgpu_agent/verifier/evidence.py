@@ -73,6 +73,7 @@ class RelyingParty:
         register: the agent register of its VMs, 0-15. Its own choice and never the bundle's: whoever could choose
             the register would choose one in which no agent came before him.
         user_data, public_key: what the caller must have bound; ``None`` = not compared.
+        purposes: of statements that it takes; what was made to release a key is no evidence for anything else.
         platform_party: what is demanded of the hardware below the vTPM, at this ``at``; ``None`` = as shipped.
         gpu_count: how many GPUs there must be; ``None`` = not said, and evidence without any will do.
         gpu_party: what is demanded of each, at this ``at`` and for the nonce of the evidence; ``None`` = all that
@@ -92,6 +93,7 @@ class RelyingParty:
     user_data: bytes | None = None
     public_key: bytes | None = None
     simulated_roots: Sequence[x509.Certificate] = ()
+    purposes: frozenset[str] = frozenset({"evidence"})
     platform_party: PlatformParty | None = None
     gpu_count: int | None = None
     gpu_party: GpuParty | None = None
@@ -143,6 +145,8 @@ def _judge_audience(case: Case) -> str:
     _, statement, _ = case.parts
     if not hmac.compare_digest(statement.audience.encode(), case.party.audience.encode()):
         raise HostileInput("WRONG_AUDIENCE", "the evidence was made for another relying party")
+    if statement.purpose not in case.party.purposes:
+        raise HostileInput("WRONG_PURPOSE", f"the evidence was made for another purpose: {statement.purpose}")
     return f"purpose {statement.purpose}, audience {statement.audience!r}"
 
 
@@ -381,7 +385,7 @@ def _judge_gpus(case: Case) -> str | Skip:
 
 EVIDENCE_CHECKS: Final[Sequence[Check[Case]]] = (
     Check("bundle.format", "the file is one well-formed bundle", _judge_format),
-    Check("statement.audience", "it was made for this relying party", _judge_audience),
+    Check("statement.audience", "it was made for this relying party, and for what it asks", _judge_audience),
     Check("statement.nonce", "it answers this nonce", _judge_nonce),
     Check("statement.binding", "it binds what the relying party expects", _judge_binding),
     Check("manifest.inclusion", "the manifest covers this statement", _judge_inclusion),

@@ -39,6 +39,7 @@ class Facts(GpuFacts):
     reference_pins: frozenset[str]
     lane: str
     purpose: str
+    key_id: str
     audience: str
     key: Literal["none", "claimed"]
 
@@ -78,6 +79,7 @@ def gather(
         reference_pins=frozenset() if reference is None else reference.pins,
         lane=statement.lane,
         purpose=statement.purpose,
+        key_id="" if statement.release is None else statement.release.key,
         audience=statement.audience,
         key="none" if statement.public_key is None else "claimed",
     )

@@ -28,11 +28,14 @@ from cgpu_agent.verifier.rim import verify_rim
 from cgpu_agent.verifier.verdict import Check, Skip, Steps
 from cgpu_agent.wire.nvidia import GpuFields, SwitchFields, parse_gpu, parse_switch
 from cgpu_agent.wire.rim import Rim
+from cgpu_agent.wire.rimservice import same_chip
 from cgpu_agent.wire.spdm import parse_report
 
 _NEWEST_LAYOUT: Final = 1
-_CHECKED_IN_DEVICE_CHAIN: Final = (1, 2, 3)  # the leaf is the device's own work, and nobody revokes a root
-_CHECKED_IN_RIM_CHAIN: Final = (0, 1, 2)
+CHECKED_IN_DEVICE_CHAIN: Final = (1, 2, 3)
+"""Positions whose revocation counts: the leaf is the device's own work, and nobody revokes a root."""
+CHECKED_IN_RIM_CHAIN: Final = (0, 1, 2)
+"""The same of a manifest's signer."""
 
 
 def _judge_verifiable(case: Case) -> str:
@@ -63,7 +66,7 @@ def _judge_architecture(case: Case) -> str:
 
 
 def _judge_revocation(case: Case) -> str | Skip:
-    return _revocation(case, "device", case.chain_path, _CHECKED_IN_DEVICE_CHAIN, allow_hold=False)
+    return _revocation(case, "device", case.chain_path, CHECKED_IN_DEVICE_CHAIN, allow_hold=False)
 
 
 def _revocation(case: Case, name: str, path: PinnedPath, positions: Sequence[int], *, allow_hold: bool) -> str | Skip:
@@ -134,9 +137,7 @@ def _judge_fields(case: Case) -> str:
 
 
 def _require_chip(reported: str, certified: str) -> None:
-    """GB202 is certified as GB20X."""
-    same = len(reported) == len(certified) and all(b in (a, "X") for a, b in zip(reported, certified, strict=True))
-    if not same:
+    if not same_chip(reported, certified):
         raise HostileInput(
             "ARCHITECTURE_MISMATCH", f"the report is of a {reported}, the certificate of a {certified}"
         )
@@ -191,7 +192,7 @@ def _judge_firmware_rim(case: Case) -> str | Skip:
 def _rim(case: Case, source: Source, version: str | None, rim_id: str) -> str | Skip:
     party, facts = case.party, case.facts
     edition = "SWITCH" if facts.architecture.is_switch else "GPU"
-    document = None if version is None else party.collateral.newest_rim(edition, version)
+    document = None if version is None else party.collateral.newest_rim(edition, version, _products(facts))
     if document is None:
         if party.allow_no_rim and not party.collateral.rims:
             return Skip("NO_RIM", f"no reference values; NVIDIA publishes them as {rim_id}")
@@ -213,16 +214,21 @@ def _rim(case: Case, source: Source, version: str | None, rim_id: str) -> str | 
 
 def _require_product(rim: Rim, facts: DeviceFacts) -> None:
     """NVIDIA's service answers the wrong question with a validly signed manifest for another chip."""
-    reported = facts.fields.chip if isinstance(facts.fields, GpuFields) else None
-    names = {facts.identity.chip.replace("_", ""), *([] if reported is None else [reported])}
+    names = _products(facts)
     if rim.product not in names:
         listed = " or ".join(sorted(names))
         raise HostileInput("RIM_PRODUCT_MISMATCH", f"values for {rim.product}, and the device is a {listed}")
 
 
+def _products(facts: DeviceFacts) -> set[str]:
+    """Names under which reference values may be for this chip."""
+    reported = facts.fields.chip if isinstance(facts.fields, GpuFields) else None
+    return {facts.identity.chip.replace("_", ""), *([] if reported is None else [reported])}
+
+
 def _judge_rim_revocation(case: Case) -> str | Skip:
     words = [
-        _revocation(case, source, judged.verified.path, _CHECKED_IN_RIM_CHAIN, allow_hold=case.party.allow_rim_hold)
+        _revocation(case, source, judged.verified.path, CHECKED_IN_RIM_CHAIN, allow_hold=case.party.allow_rim_hold)
         for source, judged in case.rims.items()
         if judged.verified is not None
     ]

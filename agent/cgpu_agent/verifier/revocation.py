@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Final, Literal
 
@@ -56,6 +56,8 @@ class CertificateStatus:
         source: what said so.
         reason: revocation reason (``certificate_hold``), or why the status is unknown (``absent``, ``stale``).
         until: end of the freshness of ``good``.
+        signed: the newest moment at which its issuer, or who answers for it, verifiably said anything of it
+            (thisUpdate, producedAt), fresh or not; by their clock, which may be ahead by ``CLOCK_SKEW``.
     """
 
     subject: str
@@ -63,6 +65,7 @@ class CertificateStatus:
     source: Source
     reason: str
     until: datetime | None = None
+    signed: datetime | None = None
 
     @property
     def on_hold(self) -> bool:
@@ -157,7 +160,7 @@ def _status(path: PinnedPath, position: int, data: RevocationData, at: datetime)
     for wanted in ("revoked", "good", "unknown"):
         found = next((word for word in words if word.status == wanted), None)
         if found is not None:
-            return found
+            return replace(found, signed=max(word.signed for word in words if word.signed is not None))
     return CertificateStatus(child.subject_text, "unknown", "none", "absent")
 
 
@@ -207,7 +210,8 @@ def _crl_word(
         raise HostileInput("BAD_CRL", f"a CRL in the name of {issuer.subject_text} that it may not or did not sign")
     if critical:
         raise HostileInput("BAD_CRL", f"the CRL of {issuer.subject_text} covers only a part, by an unknown rule")
-    return _word(child, "crl", reason, (crl.last_update_utc, crl.next_update_utc), data.max_age, at)
+    word = _word(child, "crl", reason, (crl.last_update_utc, crl.next_update_utc), data.max_age, at)
+    return replace(word, signed=crl.last_update_utc)
 
 
 def _reason(entry: x509.RevokedCertificate) -> str:
@@ -229,7 +233,10 @@ def _ocsp_words(
         if not about:
             return []
         _require_responder(response, issuer, at)
-        return [_ocsp_word(single, child, data, at) for single in about]
+        made = response.produced_at_utc
+        return [
+            replace(_ocsp_word(single, child, data, at), signed=max(made, single.this_update_utc)) for single in about
+        ]
     except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature) as error:
         raise HostileInput("BAD_OCSP", "an OCSP response with unreadable content or a bad signature") from error
 

@@ -166,3 +166,12 @@ def verify_rim(document: bytes | RimDocument, *, roots: PinnedRoots, at: datetim
     accepted = steps.run(RIM_CHECKS, case)
     verified = VerifiedRim(case.rim, case.chain) if accepted and case.rim is not None else None
     return RimResult(steps.all, verified, steps.refusal)
+
+
+def verified_rim(document: RimDocument, *, roots: PinnedRoots, at: datetime) -> VerifiedRim:
+    """What ``verify_rim`` accepts. Raises ``HostileInput`` with the reason of the step that refused."""
+    result = verify_rim(document, roots=roots, at=at)
+    if result.verified is None:
+        slug, detail = (None, "") if result.refusal is None else (result.refusal.slug, result.refusal.detail)
+        raise HostileInput(slug or "INTERNAL", f"RIM: {detail}")
+    return result.verified

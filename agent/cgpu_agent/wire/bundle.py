@@ -21,6 +21,7 @@ from cgpu_agent.wire.gpuinventory import (
     parse_inventory,
     parse_words,
 )
+from cgpu_agent.wire.keyids import BROKER, KEY_ID, MAX_KEY_ID
 from cgpu_agent.wire.merkle import MAX_LEAVES
 from cgpu_agent.wire.platformwords import PlatformWords, parse_platform
 from cgpu_agent.wire.strictjson import Fields, b64
@@ -39,7 +40,7 @@ MAX_USER_DATA = 64
 MAX_PUBLIC_KEY = 2048
 MAX_AUDIENCE = 255
 
-PURPOSES: Final = frozenset({"evidence"})
+PURPOSES: Final = frozenset({"evidence", "release"})
 LANES: Final = frozenset({"boot", "gpus"})
 
 _MANIFEST_PREFIX: Final = b"\xc6\x01"
@@ -79,6 +80,41 @@ def check_audience(audience: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyRelease:
+    """Which key a statement of purpose ``release`` is for. Only ever set by the agent itself.
+
+    Attributes:
+        broker: its kind, e.g. ``openbao``.
+        key: the agent's id of the key.
+        recipient: SHA-256 of the DER SubjectPublicKeyInfo that the key will be wrapped to, or ``None``: in plain.
+    """
+
+    broker: str
+    key: str
+    recipient: bytes | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a statement has it."""
+        return {
+            "broker": self.broker,
+            "key": self.key,
+            "recipient": None if self.recipient is None else self.recipient.hex(),
+        }
+
+
+def _release(fields: Fields) -> KeyRelease:
+    release = KeyRelease(
+        broker=fields.text("broker", 32),
+        key=fields.text("key", MAX_KEY_ID),
+        recipient=None if fields.absent("recipient") else fields.hex("recipient", 32, 32),
+    )
+    fields.end()
+    if not BROKER.fullmatch(release.broker) or not KEY_ID.fullmatch(release.key):
+        raise fields.fail("broker or key is malformed")
+    return release
+
+
+@dataclass(frozen=True, slots=True)
 class Statement:
     """What the agent states about one caller and one request.
 
@@ -88,6 +124,7 @@ class Statement:
         nonce: the relying party's challenge, 8-64 bytes.
         user_data: up to 64 bytes of the caller's, or ``None``.
         public_key: DER SubjectPublicKeyInfo that the caller claims, or ``None``. Possession is not proven.
+        release: which key it is for, where the purpose is ``release``; ``None`` otherwise.
         lane: what was asked to be collected: ``boot``, or ``gpus``: the GPUs too.
         caller: the caller's claims, see ``domain.caller.Caller.claims``.
         salt: 16 random bytes, so that a neighbour's leaf hash confirms no guess.
@@ -105,6 +142,7 @@ class Statement:
     salt: bytes
     boot_id: str
     time: int
+    release: KeyRelease | None = None
 
     def encode(self) -> bytes:
         return strictjson.dumps(
@@ -115,7 +153,10 @@ class Statement:
                 "nonce": self.nonce.hex(),
                 "public_key": None if self.public_key is None else b64(self.public_key),
                 "purpose": self.purpose,
-                "request": {"lane": self.lane},
+                "request": {
+                    "lane": self.lane,
+                    "release": None if self.release is None else self.release.to_json(),
+                },
                 "salt": self.salt.hex(),
                 "time": self.time,
                 "user_data": None if self.user_data is None else b64(self.user_data),
@@ -148,6 +189,7 @@ def parse_statement(data: bytes) -> Statement:
     fields.integer("version", VERSION, VERSION)
     request = fields.fields("request")
     lane = request.choice("lane", LANES)
+    release = None if request.absent("release") else _release(request.fields("release"))
     request.end()
     audience = fields.text("audience", MAX_AUDIENCE)
     if not check_audience(audience):
@@ -166,8 +208,11 @@ def parse_statement(data: bytes) -> Statement:
         salt=fields.hex("salt", 16, 16),
         boot_id=boot_id,
         time=fields.integer("time", 0, 1 << 40),
+        release=release,
     )
     fields.end()
+    if (statement.purpose == "release") is not (release is not None):
+        raise fields.fail("a key is named exactly where the purpose is to release one")
     return statement
 
 
@@ -212,6 +257,7 @@ class Manifest:
         audit: the audit log's heads, or ``None`` where none is kept.
         gpus: the GPUs, or ``None`` where the batch did not ask for them.
         platform: ``PlatformWords.digest`` of the hardware report, or ``None`` where this machine has none.
+        vm_generation: the hypervisor's count of restores and copies of this machine, or ``None`` where it tells none.
     """
 
     root: bytes
@@ -228,6 +274,7 @@ class Manifest:
     audit: AuditAnchor | None = None
     gpus: GpuInventory | None = None
     platform: bytes | None = None
+    vm_generation: int | None = None
 
     def encode(self) -> bytes:
         def log(digest: LogDigest | None) -> dict[str, Any] | None:
@@ -253,6 +300,7 @@ class Manifest:
                 "root": self.root.hex(),
                 "tree_size": self.tree_size,
                 "version": VERSION,
+                "vm_generation": self.vm_generation,
             }
         )
 
@@ -307,6 +355,7 @@ def parse_manifest(data: bytes) -> Manifest:
         audit=None if fields.absent("audit") else _audit(fields.fields("audit")),
         gpus=None if fields.absent("gpus") else parse_inventory(fields.fields("gpus")),
         platform=None if fields.absent("platform") else fields.hex("platform", 32, 32),
+        vm_generation=None if fields.absent("vm_generation") else fields.integer("vm_generation", 0, (1 << 64) - 1),
     )
     logs.end()
     fields.end()

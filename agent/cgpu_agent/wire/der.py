@@ -78,3 +78,14 @@ def pem_blocks(data: bytes) -> list[tuple[str, bytes]]:
     if not blocks:
         raise HostileInput("BAD_PEM", "PEM: no block")
     return blocks
+
+
+def certificates_of_pem(data: bytes) -> tuple[bytes, ...]:
+    """DER of each block, all of which must be certificates.
+
+    Raises ``HostileInput``: ``BAD_CERTIFICATE``, and as ``pem_blocks`` and ``trim_der``.
+    """
+    blocks = pem_blocks(data)
+    if any(label != "CERTIFICATE" for label, _ in blocks):
+        raise HostileInput("BAD_CERTIFICATE", "PEM: a block that is no certificate")
+    return tuple(trim_der(content) for _, content in blocks)

@@ -6,8 +6,6 @@ Little-endian. Nothing in it is signed but the hardware report; the claims count
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from dataclasses import dataclass
 from enum import IntEnum
@@ -18,6 +16,12 @@ from cgpu_agent.wire.reader import Reader
 from cgpu_agent.wire.snp import REPORT_SIZE as SNP_SIZE
 from cgpu_agent.wire.tdx import TDREPORT_SIZE
 
+REPORT_INDEX: Final = 0x01400001
+"""NV index of the report; Trusted Launch has none."""
+USER_DATA_INDEX: Final = 0x01400002
+"""NV index of the guest's 64 bytes for the next report."""
+AK_CERTIFICATE_INDEX: Final = 0x01C101D0
+"""NV index of the platform AK's certificate, on every Azure VM with a vTPM."""
 MAGIC: Final = b"HCLA"
 MAX_HCL: Final = 4096
 """Bytes of the NV index, zero tail included; 2600 and 2048 are in use."""
@@ -171,10 +175,9 @@ def _jwk(value: dict[str, Any]) -> Jwk:
 def _base64url_uint(fields: strictjson.Fields, name: str) -> int:
     text = fields.text(name, 2 * _MAX_MODULUS)
     try:
-        value = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, ValueError):
+        value = strictjson.unb64url(text)
+    except ValueError:
         raise fields.fail(f"{name} is not base64url") from None
-    canonical = base64.urlsafe_b64encode(value).rstrip(b"=").decode("ascii")
-    if canonical != text or not 0 < len(value) <= _MAX_MODULUS or value[0] == 0:
+    if not 0 < len(value) <= _MAX_MODULUS or value[0] == 0:
         raise fields.fail(f"{name} is not a number in its shortest form")
     return int.from_bytes(value, "big")

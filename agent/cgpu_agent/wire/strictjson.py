@@ -89,6 +89,14 @@ def b64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
+def unb64url(text: str) -> bytes:
+    """base64url without padding (RFC 7515, 2), one text for one value. Raises ``ValueError``."""
+    value = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    if base64.urlsafe_b64encode(value).rstrip(b"=").decode("ascii") != text:
+        raise ValueError("not the canonical text")
+    return value
+
+
 class Fields:
     """A JSON object whose every key must be asked for; ``end()`` refuses the ones that nobody asked for."""
 

@@ -147,6 +147,23 @@ def test_revocation_data_are_used(judge: Judge) -> None:
     assert (ran.code, ran.json["reason"]["slug"]) == (REFUSED, "CERTIFICATE_REVOKED")
 
 
+def test_a_store_is_used_as_the_agent_would(judge: Judge) -> None:
+    folder = judge.ctl.folder / "store"
+    folder.mkdir()
+    for number, document in enumerate(VENDOR.rims()):
+        (folder / f"{number}.xml").write_bytes(document)
+    (folder / "README").write_bytes(b"nothing of the kind")
+    store = ["--collateral", str(folder)]
+    assert judge(*judge.files(), *store, rims=False).code == PASS
+    boot_rom, provisioner = GPU.signers[1:3]
+    (folder / "revoked.crl").write_bytes(crl(provisioner, boot_rom.certificate))
+    ran = judge(*judge.files(), *store, "--json", rims=False)
+    assert (ran.code, ran.json["reason"]["slug"]) == (REFUSED, "CERTIFICATE_REVOKED")
+    (folder / "broken.ocsp").write_bytes(b"")
+    assert judge(*judge.files(), *store, rims=False).code == USAGE
+    assert judge(*judge.files(), "--collateral", f"{folder}/absent").code == USAGE
+
+
 def test_prints_claims_in_the_shape_of_nvidias_tokens(judge: Judge) -> None:
     overall, devices = judge(*judge.files(), "--eat").json
     assert overall["x-nvidia-overall-att-result"] is True

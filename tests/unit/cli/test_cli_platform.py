@@ -19,7 +19,7 @@ def verify(ctl: Ctl, *arguments: str) -> Ran:
 @pytest.fixture
 def report(ctl: Ctl) -> list[str]:
     assert SNP.report is not None
-    return ["--report", ctl.write("hcl.bin", SNP.report), "--vcek", ctl.write("vcek.pem", pem(AMD.certificates))]
+    return ["--hcl", ctl.write("hcl.bin", SNP.report), "--vcek", ctl.write("vcek.pem", pem(AMD.certificates))]
 
 
 def test_refuses_makers_that_nobody_knows(ctl: Ctl, report: list[str]) -> None:
@@ -46,16 +46,16 @@ def test_takes_every_kind_of_file(ctl: Ctl) -> None:
     key = AK.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     ak = ["--ak", ctl.write("ak.pem", key)]
     quote = ctl.write("quote.bin", TDX.td_quote)
-    ran = verify(ctl, "--report", ctl.write("tdx.bin", TDX.report), "--td-quote", quote, *ak, "--json")
+    ran = verify(ctl, "--hcl", ctl.write("tdx.bin", TDX.report), "--td-quote", quote, *ak, "--json")
     assert (ran.code, ran.json["tee"], ran.json["reason"]) == (REFUSED, "tdx", "unknown root")
-    ran = verify(ctl, "--report", quote, "--claims", ctl.write("claims.json", CLAIMS), *ak, "--json")
+    ran = verify(ctl, "--hcl", quote, "--claims", ctl.write("claims.json", CLAIMS), *ak, "--json")
     assert (ran.code, ran.json["tee"], ran.json["reason"]) == (REFUSED, "tdx", "unknown root")
     certificate = ctl.write("ak.der", TRUSTED_LAUNCH.ak_certificate)
-    ran = verify(ctl, "--ak-certificate", certificate, "--ca", ctl.write("ca.pem", pem(CAS)), *ak, "--json")
+    ran = verify(ctl, "--ak-cert", certificate, "--chain", ctl.write("ca.pem", pem(CAS)), *ak, "--json")
     assert (ran.code, ran.json["tee"], ran.json["reason"]) == (REFUSED, "none", "no roots")
 
 
-@pytest.mark.parametrize("option", ["--vcek", "--ca", "--ak"])
+@pytest.mark.parametrize("option", ["--vcek", "--chain", "--ak"])
 def test_refuses_what_is_no_certificate_or_key(ctl: Ctl, report: list[str], option: str) -> None:
     ran = verify(ctl, *report, option, ctl.write("junk", b"\x30\x03junk"), "--json")
     assert ran.code == REFUSED
@@ -71,8 +71,12 @@ def test_the_time_of_judgement_counts(ctl: Ctl, report: list[str]) -> None:
     "arguments",
     [
         [],
-        ["--report", "/nonexistent"],
+        ["--hcl", "/nonexistent"],
         ["--claims", "/dev/null"],
+        ["--hcl", "/dev/null", "--quote", "/dev/null"],
+        ["--hcl", "/dev/null", "--signature", "/dev/null"],
+        ["--hcl", "/dev/null", "--pcrs", "/dev/null"],
+        ["--hcl", "/dev/null", "--nonce", "00"],
     ],
 )
 def test_bad_arguments_are_the_users_own(ctl: Ctl, arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from cgpu_agent.cedar import files
 from cgpu_agent.cli.main import main
-from cgpu_agent.domain.policy import OPEN, Action, Policy
+from cgpu_agent.domain.policy import OF_KEYS, OPEN, Action, Policy
 
 GOOD = """@id("measure")
 permit(principal is CGpu::Workload, action == CGpu::Action::"boot.measure", resource)
@@ -128,7 +128,7 @@ def test_people_get_a_table(policy: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "uid 1000, unit a.service" in lines
     rows = [line.split() for line in lines if line.startswith("  ")]
     assert ["boot.measure", "allow", "measure"] in rows
-    assert {row[0] for row in rows} == {action.value for action in Action}
+    assert {row[0] for row in rows} == {action.value for action in set(Action) - OF_KEYS}
 
 
 def test_a_bad_policy_is_not_explained(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,3 +140,48 @@ def test_a_bad_policy_is_not_explained(policy: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("uid", ["-1", "4294967296"])
 def test_a_uid_that_no_kernel_gives_out_may_do_nothing(uid: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert not any(entry["allowed"] for entry in explained(capsys, "--uid", uid).values())
+
+
+KEY_RULE = (
+    '@id("model") permit(principal is CGpu::Workload, action == CGpu::Action::"key.get", '
+    'resource == CGpu::Key::"models/llama") when {{ principal.has_unit && principal.unit == "a.service" && {more} }};'
+)
+
+
+def test_a_key_is_explained_where_it_is_named(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy.write_text(KEY_RULE.format(more='context.gpus == "ready" && resource.broker == "sealed"'))
+
+    def answer(*more: str) -> str:
+        arguments = ["policy", "explain", "--policy", str(policy), "--unit", "a.service", "--json", *more]
+        assert main(arguments) == 0
+        decisions = json.loads(capsys.readouterr().out)["decisions"]
+        return next((str(each["allowed"]) for each in decisions if each["action"] == "key.get"), "not told")
+
+    assert answer() == "not told"
+    assert answer("--key", "models/llama", "--gpus", "ready") == "True"
+    assert answer("--key", "models/llama") == "False"
+    assert answer("--key", "models/other", "--gpus", "ready") == "False"
+    assert answer("--key", "models/llama", "--gpus", "ready", "--broker", "openbao") == "False"
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "principal.uid == 1000",
+        'resource.group == "models"',
+        'context.gpus == "ready" && !context.gpus_simulated',
+        f'principal.has_exe && principal.exe_at_identify == "{"ab" * 32}"',
+    ],
+)
+def test_a_rule_for_a_key_that_names_nobody_in_particular_is_reported(
+    policy: Path, capsys: pytest.CaptureFixture[str], condition: str
+) -> None:
+    rule = '@id("it") permit(principal is CGpu::Workload, action == CGpu::Action::"key.get", resource is CGpu::Key) '
+    policy.write_text(rule + f"when {{ {condition} }};")
+    assert main(["policy", "check", str(policy)]) == 1
+    assert "permits key.get to" in capsys.readouterr().out
+
+
+def test_a_rule_for_a_key_that_names_a_unit_is_fine(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy.write_text(KEY_RULE.format(more='context.gpus == "ready"'))
+    assert main(["policy", "check", str(policy)]) == 0, capsys.readouterr().out

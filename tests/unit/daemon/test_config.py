@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cgpu_agent.daemon.config import DEFAULT_POLICY, MAX_FILE, Config, load, parse
+from cgpu_agent.daemon.config import DEFAULT_POLICY, MAX_FILE, Config, KeyConfig, load, parse
 from cgpu_agent.errors import Misuse
 
 EVERYTHING: dict[str, Any] = {
@@ -31,6 +31,7 @@ EVERYTHING: dict[str, Any] = {
         "request_seconds": 9,
     },
     "logs": {"boot": "/run/x/boot", "systemd": "/run/x/systemd"},
+    "platform": {"collateral": "/run/x/platform"},
     "gpu": {
         "backend": "software:/run/x/gpu",
         "ready_helper": "/run/x/ready.sock",
@@ -46,7 +47,8 @@ EVERYTHING: dict[str, Any] = {
         "reattest_seconds": 600,
         "report_seconds": 20,
     },
-    "limits": {"connections": 1, "connections_per_uid": 2, "calls": 3, "calls_per_uid": 4},
+    "limits": {"connections": 1, "connections_per_uid": 2, "calls": 3, "calls_per_uid": 4, "keys_per_minute": 5},
+    "key": [{"id": "models/llama", "broker": "credential", "path": "llama.key", "group": "models", "seconds": 9}],
 }
 
 
@@ -63,7 +65,7 @@ def with_value(table: str, key: str, value: object) -> dict[str, Any]:
 
 def test_every_key_is_taken() -> None:
     config = parse(EVERYTHING)
-    tables = {"sockets", "tpm", "logs", "gpu", "limits"}
+    tables = {"sockets", "tpm", "logs", "platform", "gpu", "limits"}
     for field in dataclasses.fields(Config):
         if field.name in tables:
             for inner in dataclasses.fields(getattr(config, field.name)):
@@ -74,6 +76,27 @@ def test_every_key_is_taken() -> None:
     assert (config.log_level, config.runtime_dir) == ("debug", "/run/x/private")
     assert config.policy == "/etc/x/policy.cedar"
     assert config.create_platform_ak is None
+    assert config.key == (KeyConfig("models/llama", "credential", "llama.key", "models", 9),)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"id": "a", "broker": "credential"}, "[[key]]"),
+        ([{"broker": "credential"}], "key[0].id is missing"),
+        ([{"id": "a"}], "key[0].broker is missing"),
+        ([{"id": "a", "broker": "nobody"}], "key[0].broker must be one of credential"),
+        ([{"id": "../a", "broker": "credential"}], "key[0].id"),
+        ([{"id": "a b", "broker": "credential"}], "key[0].id"),
+        ([{"id": "a" * 129, "broker": "credential"}], "key[0].id"),
+        ([{"id": "a", "broker": "credential", "seconds": 0}], "key[0].seconds"),
+        ([{"id": "a", "broker": "credential", "secret": "s3cr3t"}], "unknown key 'key[0].secret'"),
+        ([{"id": "a", "broker": "credential"}] * 2, "each id once"),
+        ([{"id": f"a{number}", "broker": "credential"} for number in range(257)], "at most 256"),
+    ],
+)
+def test_a_bad_key_is_refused_and_named(keys: object, named: str) -> None:
+    assert named in refusal({"key": keys})
 
 
 def test_example_names_every_key_there_is() -> None:
@@ -122,6 +145,7 @@ def test_unknown_key_of_a_table_is_named_with_its_table(table: str) -> None:
         ("tpm", "request_seconds", [0, 9, True]),
         ("logs", "boot", ["", "log", 1]),
         ("logs", "systemd", ["", "log", None]),
+        ("platform", "collateral", ["", "collateral", 1]),
         ("limits", "connections", [0, -1, True, 1 << 32]),
         ("limits", "connections_per_uid", [0, "64"]),
         ("limits", "calls", [0, 1.5]),

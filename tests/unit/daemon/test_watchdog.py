@@ -8,9 +8,9 @@ import time
 
 import pytest
 
+from cgpu_agent.backends.notify import Notifier
 from cgpu_agent.backends.tpm.owner import TpmOwner
 from cgpu_agent.backends.tpm.software import Swtpm
-from cgpu_agent.daemon.notify import Notifier
 from cgpu_agent.daemon.watchdog import Watchdog
 from cgpu_agent.errors import DeviceFault
 from fixtures.ear import Ear

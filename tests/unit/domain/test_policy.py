@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from cgpu_agent.cedar.files import agent_schema, default_policy
-from cgpu_agent.domain.policy import OPEN, Action, Decision, Facts, Policy, workload
+from cgpu_agent.domain.policy import OF_KEYS, OPEN, Action, Decision, Facts, Key, Policy, workload
 from cgpu_agent.errors import Misuse
 from fixtures.machine import WORKLOAD
 
 CLOSED = [action for action in Action if action not in OPEN]
 SERVING = Facts(state="serving", endorsed=True, boot_log=True)
+KEY = Key("models/llama", "sealed", "models")
 
 
 def permit(condition: str, action: Action = Action.MEASURE) -> Policy:
@@ -30,9 +31,10 @@ def allowed(condition: str, facts: Facts = SERVING, **caller: Any) -> bool:
 
 
 def test_the_schema_knows_exactly_our_actions() -> None:
-    actions = re.search(r"action\n(.*?)appliesTo", agent_schema(), re.DOTALL)
-    assert actions is not None
-    assert set(re.findall(r'^ +"([^"]+)"', actions.group(1), re.MULTILINE)) == {action.value for action in Action}
+    blocks = re.findall(r"action\n(.*?)appliesTo", agent_schema(), re.DOTALL)
+    named = [set(re.findall(r'^ +"([^"]+)"', block, re.MULTILINE)) for block in blocks]
+    of_keys = {action.value for action in OF_KEYS}
+    assert named == [{action.value for action in Action} - of_keys, of_keys]
 
 
 def test_a_principal_has_exactly_the_attributes_of_the_schema() -> None:
@@ -64,7 +66,8 @@ def test_a_rule_by_program_holds_for_that_program_only(exe: str | None, allowed:
 @pytest.mark.parametrize("action", CLOSED)
 @pytest.mark.parametrize("uid", [0, 1234])
 def test_closed_action_is_denied_by_default_even_to_root(action: Action, uid: int) -> None:
-    decision = Policy.default().decide(dataclasses.replace(WORKLOAD, uid=uid), action, SERVING)
+    caller, key = dataclasses.replace(WORKLOAD, uid=uid), KEY if action in OF_KEYS else None
+    decision = Policy.default().decide(caller, action, SERVING, key)
     assert decision == Decision(False, (), "no policy allows this")
 
 
@@ -82,7 +85,7 @@ def test_open_action_is_allowed_to_every_identified_caller(action: Action, facts
 
 
 def test_the_examples_of_the_default_policy_work_once_uncommented() -> None:
-    text = re.sub(r"^// ?(?=@id|permit|when)", "", default_policy(), flags=re.MULTILINE)
+    text = re.sub(r"^// ?(?=@id|permit|when|  principal\.|  context\.|};)", "", default_policy(), flags=re.MULTILINE)
     policy = Policy.load(text, "uncommented")
     enrol = dataclasses.replace(WORKLOAD, unit="enrol.service")
     assert policy.decide(enrol, Action.ACTIVATE_CREDENTIAL, SERVING).policy_ids == ("enrolment",)
@@ -90,6 +93,37 @@ def test_the_examples_of_the_default_policy_work_once_uncommented() -> None:
     assert policy.decide(trainer, Action.MEASURE, SERVING).policy_ids == ("trainer-may-measure",)
     assert not policy.decide(dataclasses.replace(trainer, uid=1), Action.MEASURE, SERVING).allowed
     assert not policy.decide(WORKLOAD, Action.ACTIVATE_CREDENTIAL, SERVING).allowed
+    ready = dataclasses.replace(SERVING, gpus="ready")
+    assert policy.decide(WORKLOAD, Action.KEY_GET, ready, KEY).policy_ids == ("inference-gets-its-model-key",)
+    simulated = dataclasses.replace(ready, gpus_simulated=True)
+    for facts, key in ((SERVING, KEY), (simulated, KEY), (ready, Key("models/other", "sealed"))):
+        assert not policy.decide(WORKLOAD, Action.KEY_GET, facts, key).allowed
+    assert not policy.decide(WORKLOAD, Action.KEY_PLAIN, ready, KEY).allowed
+
+
+@pytest.mark.parametrize("action", list(Action))
+def test_an_action_about_the_wrong_thing_is_denied(action: Action) -> None:
+    """A permit for everything is none for a key that nobody named, nor for a machine in place of a key."""
+    everything = Policy.load('@id("all") permit(principal, action, resource);', "test")
+    assert everything.decide(WORKLOAD, action, SERVING, KEY).allowed is (action in OF_KEYS)
+    assert everything.decide(WORKLOAD, action, SERVING).allowed is (action not in OF_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("condition", "holds"),
+    [
+        ('resource == CGpu::Key::"models/llama"', True),
+        ('resource.broker == "sealed" && resource.group == "models"', True),
+        ('resource.group == ""', False),
+        ('resource == CGpu::Key::"models"', False),
+    ],
+)
+def test_every_fact_about_a_key_can_be_asked(condition: str, holds: bool) -> None:
+    text = (
+        '@id("it") permit(principal, action == CGpu::Action::"key.get", resource is CGpu::Key) '
+        f"when {{ {condition} }};"
+    )
+    assert Policy.load(text, "test").decide(WORKLOAD, Action.KEY_GET, SERVING, KEY).allowed is holds
 
 
 def test_a_permit_allows_its_action_and_no_other() -> None:

@@ -14,23 +14,27 @@ from cgpu_agent.api.v1 import (
     evidence_pb2_grpc,
     gpus_pb2,
     gpus_pb2_grpc,
+    keys_pb2,
+    keys_pb2_grpc,
     measured_boot_pb2,
     measured_boot_pb2_grpc,
 )
-from cgpu_agent.domain.policy import OPEN, Action, Facts, Policy
+from cgpu_agent.domain.policy import OF_KEYS, OPEN, Action, Facts, Policy
 from cgpu_agent.rpc.admin import AdminService
 from cgpu_agent.rpc.evidence import EvidenceService
 from cgpu_agent.rpc.gpus import GpusService
+from cgpu_agent.rpc.keys import KeysService
 from cgpu_agent.rpc.measured_boot import MeasuredBootService
-from cgpu_agent.rpc.methods import ACTIONS, admin_authorizer, public_authorizer
+from cgpu_agent.rpc.methods import ACTIONS, BY_KEY, admin_authorizer, public_authorizer
 from fixtures.machine import WORKLOAD
 from fixtures.policies import granting, permit
 
-PUBLIC = (measured_boot_pb2, evidence_pb2, gpus_pb2)
+PUBLIC = (measured_boot_pb2, evidence_pb2, gpus_pb2, keys_pb2)
 SERVICES: list[tuple[Any, type, type]] = [
     (measured_boot_pb2, measured_boot_pb2_grpc.MeasuredBootServicer, MeasuredBootService),
     (evidence_pb2, evidence_pb2_grpc.EvidenceServicer, EvidenceService),
     (gpus_pb2, gpus_pb2_grpc.GpusServicer, GpusService),
+    (keys_pb2, keys_pb2_grpc.KeysServicer, KeysService),
     (admin_pb2, admin_pb2_grpc.AdminServicer, AdminService),
 ]
 ROOT = dataclasses.replace(WORKLOAD, uid=0, gid=0, unit=None)
@@ -46,8 +50,8 @@ def methods(*modules: Any) -> list[str]:
 
 
 def test_every_public_method_is_an_action_and_every_action_a_method() -> None:
-    assert sorted(methods(*PUBLIC)) == sorted(ACTIONS)
-    assert sorted(ACTIONS.values()) == sorted(Action)
+    assert sorted(methods(*PUBLIC)) == sorted(ACTIONS.keys() | BY_KEY)
+    assert sorted(ACTIONS.values()) == sorted(set(Action) - OF_KEYS)
 
 
 @pytest.mark.parametrize(("module", "base", "service"), SERVICES)
@@ -56,19 +60,19 @@ def test_every_method_is_implemented(module: Any, base: type, service: type) -> 
         assert getattr(service, name) is not getattr(base, name), name
 
 
-@pytest.mark.parametrize("method", methods(*PUBLIC))
+@pytest.mark.parametrize("method", sorted(ACTIONS))
 def test_without_grants_a_method_is_allowed_only_if_its_action_is_open(method: str) -> None:
     decision = public_authorizer(Policy.default, Facts)(WORKLOAD, method)
     assert decision.allowed is (ACTIONS[method] in OPEN)
 
 
-@pytest.mark.parametrize("method", [m for m in methods(*PUBLIC) if ACTIONS[m] not in OPEN])
+@pytest.mark.parametrize("method", [m for m in sorted(ACTIONS) if ACTIONS[m] not in OPEN])
 def test_grant_opens_its_method(method: str) -> None:
     policy = granting(permit(ACTIONS[method].value, f"principal.uid == {WORKLOAD.uid}"))
     authorize = public_authorizer(lambda: policy, Facts)
     assert authorize(WORKLOAD, method).allowed
     assert not authorize(ROOT, method).allowed  # not even root, unless granted
-    others = [m for m in methods(*PUBLIC) if m != method and ACTIONS[m] not in OPEN]
+    others = [m for m in sorted(ACTIONS) if m != method and ACTIONS[m] not in OPEN]
     assert not any(authorize(WORKLOAD, other).allowed for other in others)
 
 

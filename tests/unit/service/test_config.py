@@ -72,6 +72,8 @@ def test_nothing_goes_without(tmp_path: Path, missing: str) -> None:
         ("[enrol]\ncertificate='/c'\nkey='/k'\nvendor_ek_roots = { 'a b' = ['/r'] }", "vendor"),
         ("[enrol]\ncertificate='/c'\nkey='/k'\nsimulated_certificate='/c'\nsimulated_key='/k'", "another one"),
         ("[enrol]\ndays = 0", "enrol.days"),
+        ("[gpu]\ncount = 65", "gpu.count"),
+        ("[gpu]\nmin_driver = 550", "gpu.min_driver"),
         ("[enrol]\ncertificate = 'credential:ca'\nkey = '/k'", "no credentials"),
     ],
 )
@@ -184,3 +186,22 @@ class TestFiles:
         (tmp_path / "reference.json").write_text("{}")
         verifier.tables["trust"] += f'\nreference = "{tmp_path}/reference.json"'
         assert self.slug(verifier) == "BAD_REFERENCE"
+
+    def test_demands_of_gpus_are_checked_at_the_start(self, verifier: Verifier, tmp_path: Path) -> None:
+        for text, slug in (
+            (f'collateral = "{tmp_path}/none"', "NO_FILE"),
+            ('min_driver = "new"', "BAD_FLOOR"),
+            (f'device_roots = ["{tmp_path}/signing.pem"]', "BAD_CERTIFICATE"),
+        ):
+            verifier.tables["gpu"] = text
+            assert self.slug(verifier) == slug
+
+    def test_a_broken_store_is_refused_with_its_name(self, verifier: Verifier, tmp_path: Path) -> None:
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "a.xml").write_text("<a/>")
+        verifier.tables["gpu"] = f'collateral = "{tmp_path}/store"'
+        assert self.slug(verifier) == "BAD_RIM"
+
+    def test_floors_of_the_processor_are_checked_at_the_start(self, verifier: Verifier) -> None:
+        verifier.tables["platform"] = 'floors = ["microcode=new"]'
+        assert self.slug(verifier) == "BAD_FLOOR"

@@ -231,6 +231,7 @@ def test_what_a_policy_may_test_is_a_complete_record() -> None:
         "gpu_ready": False,
         "lane": "boot",
         "purpose": "evidence",
+        "key_id": "",
         "audience": PARTY.audience,
         "key": "claimed",
     }

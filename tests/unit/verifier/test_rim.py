@@ -166,6 +166,21 @@ def test_of_several_issues_the_one_signed_last_is_taken() -> None:
     assert Collateral.load(rims=[old, RIM]).newest_rim("GPU", DRIVER) == found
 
 
+def test_issues_for_another_chip_of_the_same_driver_are_passed_over_where_there_is_one_for_this() -> None:
+    other = VENDOR.rim(product="GB100", not_before=NOW - timedelta(days=1))
+    newer = VENDOR.rim(not_before=NOW - timedelta(days=2))
+    store = Collateral.load(rims=[other, RIM, newer])
+
+    def taken(*products: str) -> bytes:
+        found = store.newest_rim("GPU", DRIVER, products)
+        assert found is not None
+        return found.data
+
+    assert taken("GH100") == newer
+    assert taken("GB100", "GB20X") == other
+    assert taken("GB202") == other  # for the judge to refuse: there is none for this chip
+
+
 def test_versions_compare_without_case_and_editions_are_apart() -> None:
     store = Collateral.load(rims=[VENDOR.rim(VBIOS.lower())])
     assert store.newest_rim("GPU", VBIOS) is not None

@@ -25,45 +25,53 @@ _sym_db = _symbol_database.Default()
 from cgpu_agent.api.v1 import common_pb2 as cgpu__agent_dot_api_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%cgpu_agent/api/v1/measured_boot.proto\x12\rcgpu.agent.v1\x1a\x1e\x63gpu_agent/api/v1/common.proto\"\x14\n\x12GetIdentityRequest\"\x89\x02\n\x13GetIdentityResponse\x12\x13\n\x0bplatform_ak\x18\x01 \x01(\x0c\x12\x1f\n\x17platform_ak_certificate\x18\x02 \x01(\x0c\x12\x10\n\x08\x61gent_ak\x18\x03 \x01(\x0c\x12/\n\x10\x61gent_ak_certify\x18\x04 \x01(\x0b\x32\x15.cgpu.agent.v1.Signed\x12\x17\n\x0f\x65k_certificates\x18\x05 \x03(\x0c\x12\x0e\n\x06\x65k_rsa\x18\x06 \x01(\x0c\x12\x0e\n\x06\x65k_ecc\x18\x07 \x01(\x0c\x12\x14\n\x0cmanufacturer\x18\x08 \x01(\t\x12\x13\n\x0breset_count\x18\t \x01(\r\x12\x15\n\rrestart_count\x18\n \x01(\r\".\n\x0fGetQuoteRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0c\n\x04pcrs\x18\x02 \x03(\r\"u\n\x10GetQuoteResponse\x12$\n\x05quote\x18\x01 \x01(\x0b\x32\x15.cgpu.agent.v1.Signed\x12\x15\n\rcaller_claims\x18\x02 \x01(\x0c\x12$\n\x04pcrs\x18\x03 \x01(\x0b\x32\x16.cgpu.agent.v1.PcrBank\"1\n\x12GetRawQuoteRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0c\n\x04pcrs\x18\x02 \x03(\r\"a\n\x13GetRawQuoteResponse\x12$\n\x05quote\x18\x01 \x01(\x0b\x32\x15.cgpu.agent.v1.Signed\x12$\n\x04pcrs\x18\x02 \x01(\x0b\x32\x16.cgpu.agent.v1.PcrBank\"\x1f\n\x0fReadPcrsRequest\x12\x0c\n\x04pcrs\x18\x01 \x03(\r\"8\n\x10ReadPcrsResponse\x12$\n\x04pcrs\x18\x01 \x01(\x0b\x32\x16.cgpu.agent.v1.PcrBank\"?\n\x12GetEventLogRequest\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.cgpu.agent.v1.EventLogKind\"\"\n\x13GetEventLogResponse\x12\x0b\n\x03log\x18\x01 \x01(\x0c\"&\n\x13MeasureEventRequest\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\"E\n\x14MeasureEventResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0b\n\x03pcr\x18\x03 \x01(\r\"g\n\x19\x41\x63tivateCredentialRequest\x12!\n\x02\x65k\x18\x01 \x01(\x0e\x32\x15.cgpu.agent.v1.EkKind\x12\x17\n\x0f\x63redential_blob\x18\x02 \x01(\x0c\x12\x0e\n\x06secret\x18\x03 \x01(\x0c\".\n\x1a\x41\x63tivateCredentialResponse\x12\x10\n\x08\x63\x65rtinfo\x18\x01 \x01(\x0c*}\n\x0c\x45ventLogKind\x12\x1e\n\x1a\x45VENT_LOG_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45VENT_LOG_KIND_BOOT\x10\x01\x12\x1a\n\x16\x45VENT_LOG_KIND_SYSTEMD\x10\x02\x12\x18\n\x14\x45VENT_LOG_KIND_AGENT\x10\x03*C\n\x06\x45kKind\x12\x17\n\x13\x45K_KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x45K_KIND_RSA\x10\x01\x12\x0f\n\x0b\x45K_KIND_ECC\x10\x02\x32\xee\x04\n\x0cMeasuredBoot\x12T\n\x0bGetIdentity\x12!.cgpu.agent.v1.GetIdentityRequest\x1a\".cgpu.agent.v1.GetIdentityResponse\x12K\n\x08GetQuote\x12\x1e.cgpu.agent.v1.GetQuoteRequest\x1a\x1f.cgpu.agent.v1.GetQuoteResponse\x12T\n\x0bGetRawQuote\x12!.cgpu.agent.v1.GetRawQuoteRequest\x1a\".cgpu.agent.v1.GetRawQuoteResponse\x12K\n\x08ReadPcrs\x12\x1e.cgpu.agent.v1.ReadPcrsRequest\x1a\x1f.cgpu.agent.v1.ReadPcrsResponse\x12T\n\x0bGetEventLog\x12!.cgpu.agent.v1.GetEventLogRequest\x1a\".cgpu.agent.v1.GetEventLogResponse\x12W\n\x0cMeasureEvent\x12\".cgpu.agent.v1.MeasureEventRequest\x1a#.cgpu.agent.v1.MeasureEventResponse\x12i\n\x12\x41\x63tivateCredential\x12(.cgpu.agent.v1.ActivateCredentialRequest\x1a).cgpu.agent.v1.ActivateCredentialResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%cgpu_agent/api/v1/measured_boot.proto\x12\rcgpu.agent.v1\x1a\x1e\x63gpu_agent/api/v1/common.proto\"\x14\n\x12GetIdentityRequest\"\x89\x02\n\x13GetIdentityResponse\x12\x13\n\x0bplatform_ak\x18\x01 \x01(\x0c\x12\x1f\n\x17platform_ak_certificate\x18\x02 \x01(\x0c\x12\x10\n\x08\x61gent_ak\x18\x03 \x01(\x0c\x12/\n\x10\x61gent_ak_certify\x18\x04 \x01(\x0b\x32\x15.cgpu.agent.v1.Signed\x12\x17\n\x0f\x65k_certificates\x18\x05 \x03(\x0c\x12\x0e\n\x06\x65k_rsa\x18\x06 \x01(\x0c\x12\x0e\n\x06\x65k_ecc\x18\x07 \x01(\x0c\x12\x14\n\x0cmanufacturer\x18\x08 \x01(\t\x12\x13\n\x0breset_count\x18\t \x01(\r\x12\x15\n\rrestart_count\x18\n \x01(\r\"\x14\n\x12GetPlatformRequest\"\x83\x02\n\x13GetPlatformResponse\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06report\x18\x02 \x01(\x0c\x12\x14\n\x0c\x63\x65rtificates\x18\x03 \x03(\x0c\x12\x10\n\x08td_quote\x18\x04 \x01(\x0c\x12\x13\n\x0bplatform_ak\x18\x05 \x01(\x0c\x12\x1f\n\x17platform_ak_certificate\x18\x06 \x01(\x0c\x12@\n\x07missing\x18\x07 \x03(\x0b\x32/.cgpu.agent.v1.GetPlatformResponse.MissingEntry\x1a.\n\x0cMissingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\".\n\x0fGetQuoteRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0c\n\x04pcrs\x18\x02 \x03(\r\"u\n\x10GetQuoteResponse\x12$\n\x05quote\x18\x01 \x01(\x0b\x32\x15.cgpu.agent.v1.Signed\x12\x15\n\rcaller_claims\x18\x02 \x01(\x0c\x12$\n\x04pcrs\x18\x03 \x01(\x0b\x32\x16.cgpu.agent.v1.PcrBank\"1\n\x12GetRawQuoteRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x0c\n\x04pcrs\x18\x02 \x03(\r\"a\n\x13GetRawQuoteResponse\x12$\n\x05quote\x18\x01 \x01(\x0b\x32\x15.cgpu.agent.v1.Signed\x12$\n\x04pcrs\x18\x02 \x01(\x0b\x32\x16.cgpu.agent.v1.PcrBank\"\x1f\n\x0fReadPcrsRequest\x12\x0c\n\x04pcrs\x18\x01 \x03(\r\"8\n\x10ReadPcrsResponse\x12$\n\x04pcrs\x18\x01 \x01(\x0b\x32\x16.cgpu.agent.v1.PcrBank\"?\n\x12GetEventLogRequest\x12)\n\x04kind\x18\x01 \x01(\x0e\x32\x1b.cgpu.agent.v1.EventLogKind\"\"\n\x13GetEventLogResponse\x12\x0b\n\x03log\x18\x01 \x01(\x0c\"&\n\x13MeasureEventRequest\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\"E\n\x14MeasureEventResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0b\n\x03pcr\x18\x03 \x01(\r\"g\n\x19\x41\x63tivateCredentialRequest\x12!\n\x02\x65k\x18\x01 \x01(\x0e\x32\x15.cgpu.agent.v1.EkKind\x12\x17\n\x0f\x63redential_blob\x18\x02 \x01(\x0c\x12\x0e\n\x06secret\x18\x03 \x01(\x0c\".\n\x1a\x41\x63tivateCredentialResponse\x12\x10\n\x08\x63\x65rtinfo\x18\x01 \x01(\x0c*}\n\x0c\x45ventLogKind\x12\x1e\n\x1a\x45VENT_LOG_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45VENT_LOG_KIND_BOOT\x10\x01\x12\x1a\n\x16\x45VENT_LOG_KIND_SYSTEMD\x10\x02\x12\x18\n\x14\x45VENT_LOG_KIND_AGENT\x10\x03*C\n\x06\x45kKind\x12\x17\n\x13\x45K_KIND_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x45K_KIND_RSA\x10\x01\x12\x0f\n\x0b\x45K_KIND_ECC\x10\x02\x32\xc4\x05\n\x0cMeasuredBoot\x12T\n\x0bGetIdentity\x12!.cgpu.agent.v1.GetIdentityRequest\x1a\".cgpu.agent.v1.GetIdentityResponse\x12T\n\x0bGetPlatform\x12!.cgpu.agent.v1.GetPlatformRequest\x1a\".cgpu.agent.v1.GetPlatformResponse\x12K\n\x08GetQuote\x12\x1e.cgpu.agent.v1.GetQuoteRequest\x1a\x1f.cgpu.agent.v1.GetQuoteResponse\x12T\n\x0bGetRawQuote\x12!.cgpu.agent.v1.GetRawQuoteRequest\x1a\".cgpu.agent.v1.GetRawQuoteResponse\x12K\n\x08ReadPcrs\x12\x1e.cgpu.agent.v1.ReadPcrsRequest\x1a\x1f.cgpu.agent.v1.ReadPcrsResponse\x12T\n\x0bGetEventLog\x12!.cgpu.agent.v1.GetEventLogRequest\x1a\".cgpu.agent.v1.GetEventLogResponse\x12W\n\x0cMeasureEvent\x12\".cgpu.agent.v1.MeasureEventRequest\x1a#.cgpu.agent.v1.MeasureEventResponse\x12i\n\x12\x41\x63tivateCredential\x12(.cgpu.agent.v1.ActivateCredentialRequest\x1a).cgpu.agent.v1.ActivateCredentialResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cgpu_agent.api.v1.measured_boot_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EVENTLOGKIND']._serialized_start=1151
-  _globals['_EVENTLOGKIND']._serialized_end=1276
-  _globals['_EKKIND']._serialized_start=1278
-  _globals['_EKKIND']._serialized_end=1345
+  _globals['_GETPLATFORMRESPONSE_MISSINGENTRY']._loaded_options = None
+  _globals['_GETPLATFORMRESPONSE_MISSINGENTRY']._serialized_options = b'8\001'
+  _globals['_EVENTLOGKIND']._serialized_start=1435
+  _globals['_EVENTLOGKIND']._serialized_end=1560
+  _globals['_EKKIND']._serialized_start=1562
+  _globals['_EKKIND']._serialized_end=1629
   _globals['_GETIDENTITYREQUEST']._serialized_start=88
   _globals['_GETIDENTITYREQUEST']._serialized_end=108
   _globals['_GETIDENTITYRESPONSE']._serialized_start=111
   _globals['_GETIDENTITYRESPONSE']._serialized_end=376
-  _globals['_GETQUOTEREQUEST']._serialized_start=378
-  _globals['_GETQUOTEREQUEST']._serialized_end=424
-  _globals['_GETQUOTERESPONSE']._serialized_start=426
-  _globals['_GETQUOTERESPONSE']._serialized_end=543
-  _globals['_GETRAWQUOTEREQUEST']._serialized_start=545
-  _globals['_GETRAWQUOTEREQUEST']._serialized_end=594
-  _globals['_GETRAWQUOTERESPONSE']._serialized_start=596
-  _globals['_GETRAWQUOTERESPONSE']._serialized_end=693
-  _globals['_READPCRSREQUEST']._serialized_start=695
-  _globals['_READPCRSREQUEST']._serialized_end=726
-  _globals['_READPCRSRESPONSE']._serialized_start=728
-  _globals['_READPCRSRESPONSE']._serialized_end=784
-  _globals['_GETEVENTLOGREQUEST']._serialized_start=786
-  _globals['_GETEVENTLOGREQUEST']._serialized_end=849
-  _globals['_GETEVENTLOGRESPONSE']._serialized_start=851
-  _globals['_GETEVENTLOGRESPONSE']._serialized_end=885
-  _globals['_MEASUREEVENTREQUEST']._serialized_start=887
-  _globals['_MEASUREEVENTREQUEST']._serialized_end=925
-  _globals['_MEASUREEVENTRESPONSE']._serialized_start=927
-  _globals['_MEASUREEVENTRESPONSE']._serialized_end=996
-  _globals['_ACTIVATECREDENTIALREQUEST']._serialized_start=998
-  _globals['_ACTIVATECREDENTIALREQUEST']._serialized_end=1101
-  _globals['_ACTIVATECREDENTIALRESPONSE']._serialized_start=1103
-  _globals['_ACTIVATECREDENTIALRESPONSE']._serialized_end=1149
-  _globals['_MEASUREDBOOT']._serialized_start=1348
-  _globals['_MEASUREDBOOT']._serialized_end=1970
+  _globals['_GETPLATFORMREQUEST']._serialized_start=378
+  _globals['_GETPLATFORMREQUEST']._serialized_end=398
+  _globals['_GETPLATFORMRESPONSE']._serialized_start=401
+  _globals['_GETPLATFORMRESPONSE']._serialized_end=660
+  _globals['_GETPLATFORMRESPONSE_MISSINGENTRY']._serialized_start=614
+  _globals['_GETPLATFORMRESPONSE_MISSINGENTRY']._serialized_end=660
+  _globals['_GETQUOTEREQUEST']._serialized_start=662
+  _globals['_GETQUOTEREQUEST']._serialized_end=708
+  _globals['_GETQUOTERESPONSE']._serialized_start=710
+  _globals['_GETQUOTERESPONSE']._serialized_end=827
+  _globals['_GETRAWQUOTEREQUEST']._serialized_start=829
+  _globals['_GETRAWQUOTEREQUEST']._serialized_end=878
+  _globals['_GETRAWQUOTERESPONSE']._serialized_start=880
+  _globals['_GETRAWQUOTERESPONSE']._serialized_end=977
+  _globals['_READPCRSREQUEST']._serialized_start=979
+  _globals['_READPCRSREQUEST']._serialized_end=1010
+  _globals['_READPCRSRESPONSE']._serialized_start=1012
+  _globals['_READPCRSRESPONSE']._serialized_end=1068
+  _globals['_GETEVENTLOGREQUEST']._serialized_start=1070
+  _globals['_GETEVENTLOGREQUEST']._serialized_end=1133
+  _globals['_GETEVENTLOGRESPONSE']._serialized_start=1135
+  _globals['_GETEVENTLOGRESPONSE']._serialized_end=1169
+  _globals['_MEASUREEVENTREQUEST']._serialized_start=1171
+  _globals['_MEASUREEVENTREQUEST']._serialized_end=1209
+  _globals['_MEASUREEVENTRESPONSE']._serialized_start=1211
+  _globals['_MEASUREEVENTRESPONSE']._serialized_end=1280
+  _globals['_ACTIVATECREDENTIALREQUEST']._serialized_start=1282
+  _globals['_ACTIVATECREDENTIALREQUEST']._serialized_end=1385
+  _globals['_ACTIVATECREDENTIALRESPONSE']._serialized_start=1387
+  _globals['_ACTIVATECREDENTIALRESPONSE']._serialized_end=1433
+  _globals['_MEASUREDBOOT']._serialized_start=1632
+  _globals['_MEASUREDBOOT']._serialized_end=2340
 # @@protoc_insertion_point(module_scope)

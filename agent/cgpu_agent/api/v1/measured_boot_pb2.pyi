@@ -138,6 +138,90 @@ class GetIdentityResponse(_message.Message):
 Global___GetIdentityResponse: _TypeAlias = GetIdentityResponse  # noqa: Y015
 
 @_typing.final
+class GetPlatformRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPlatformRequest: _TypeAlias = GetPlatformRequest  # noqa: Y015
+
+@_typing.final
+class GetPlatformResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MissingEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    KIND_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    CERTIFICATES_FIELD_NUMBER: _builtins.int
+    TD_QUOTE_FIELD_NUMBER: _builtins.int
+    PLATFORM_AK_FIELD_NUMBER: _builtins.int
+    PLATFORM_AK_CERTIFICATE_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """azure-trusted-launch, azure-cvm-snp, azure-cvm-tdx, tsm-snp, tsm-tdx or plain: what this VM looks like from inside.
+    Not evidence.
+    """
+    report: _builtins.bytes
+    """HCL report, or bare SNP report or TD quote; empty when there is none."""
+    td_quote: _builtins.bytes
+    """The TD quote over an HCL report's TDREPORT; empty when there is none."""
+    platform_ak: _builtins.bytes
+    """As in GetIdentityResponse."""
+    platform_ak_certificate: _builtins.bytes
+    @_builtins.property
+    def certificates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """DER certificates of AMD, in any order."""
+
+    @_builtins.property
+    def missing(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What a reader would expect and does not get: part and reason."""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        report: _builtins.bytes = ...,
+        certificates: _abc.Iterable[_builtins.bytes] | None = ...,
+        td_quote: _builtins.bytes = ...,
+        platform_ak: _builtins.bytes = ...,
+        platform_ak_certificate: _builtins.bytes = ...,
+        missing: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates", b"certificates", "kind", b"kind", "missing", b"missing", "platform_ak", b"platform_ak", "platform_ak_certificate", b"platform_ak_certificate", "report", b"report", "td_quote", b"td_quote"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPlatformResponse: _TypeAlias = GetPlatformResponse  # noqa: Y015
+
+@_typing.final
 class GetQuoteRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -39,6 +39,11 @@ class MeasuredBootStub(object):
                 request_serializer=cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetIdentityRequest.SerializeToString,
                 response_deserializer=cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetIdentityResponse.FromString,
                 _registered_method=True)
+        self.GetPlatform = channel.unary_unary(
+                '/cgpu.agent.v1.MeasuredBoot/GetPlatform',
+                request_serializer=cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetPlatformRequest.SerializeToString,
+                response_deserializer=cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetPlatformResponse.FromString,
+                _registered_method=True)
         self.GetQuote = channel.unary_unary(
                 '/cgpu.agent.v1.MeasuredBoot/GetQuote',
                 request_serializer=cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetQuoteRequest.SerializeToString,
@@ -77,6 +82,14 @@ class MeasuredBootServicer(object):
     def GetIdentity(self, request, context):
         """The keys and certificates of this VM's vTPM. They change only at a reboot (agent_ak) or when the cloud renews the
         AK certificate. Default: allowed to every identified caller.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPlatform(self, request, context):
+        """What the platform below the vTPM says of itself, as the agent has it now: the report need not be made for you.
+        Judge it with `cgpuctl platform verify`. Default: allowed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -137,6 +150,11 @@ def add_MeasuredBootServicer_to_server(servicer, server):
                     request_deserializer=cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetIdentityRequest.FromString,
                     response_serializer=cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetIdentityResponse.SerializeToString,
             ),
+            'GetPlatform': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPlatform,
+                    request_deserializer=cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetPlatformRequest.FromString,
+                    response_serializer=cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetPlatformResponse.SerializeToString,
+            ),
             'GetQuote': grpc.unary_unary_rpc_method_handler(
                     servicer.GetQuote,
                     request_deserializer=cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetQuoteRequest.FromString,
@@ -195,6 +213,33 @@ class MeasuredBoot(object):
             '/cgpu.agent.v1.MeasuredBoot/GetIdentity',
             cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetIdentityRequest.SerializeToString,
             cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetIdentityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPlatform(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cgpu.agent.v1.MeasuredBoot/GetPlatform',
+            cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetPlatformRequest.SerializeToString,
+            cgpu__agent_dot_api_dot_v1_dot_measured__boot__pb2.GetPlatformResponse.FromString,
             options,
             channel_credentials,
             insecure,

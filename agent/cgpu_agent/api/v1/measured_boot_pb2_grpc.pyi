@@ -35,6 +35,10 @@ class MeasuredBootStub:
     """The keys and certificates of this VM's vTPM. They change only at a reboot (agent_ak) or when the cloud renews the
     AK certificate. Default: allowed to every identified caller.
     """
+    GetPlatform: _grpc.UnaryUnaryMultiCallable[_measured_boot_pb2.GetPlatformRequest, _measured_boot_pb2.GetPlatformResponse]
+    """What the platform below the vTPM says of itself, as the agent has it now: the report need not be made for you.
+    Judge it with `cgpuctl platform verify`. Default: allowed.
+    """
     GetQuote: _grpc.UnaryUnaryMultiCallable[_measured_boot_pb2.GetQuoteRequest, _measured_boot_pb2.GetQuoteResponse]
     """A quote by the platform AK whose extraData names the caller:
       C6 02 || SHA-256("cgpu/quote/2" || 00 || u32be(len(claims)) || claims || nonce)
@@ -63,6 +67,10 @@ class MeasuredBootAsyncStub(MeasuredBootStub):
     GetIdentity: _aio.UnaryUnaryMultiCallable[_measured_boot_pb2.GetIdentityRequest, _measured_boot_pb2.GetIdentityResponse]  # type: ignore[assignment]
     """The keys and certificates of this VM's vTPM. They change only at a reboot (agent_ak) or when the cloud renews the
     AK certificate. Default: allowed to every identified caller.
+    """
+    GetPlatform: _aio.UnaryUnaryMultiCallable[_measured_boot_pb2.GetPlatformRequest, _measured_boot_pb2.GetPlatformResponse]  # type: ignore[assignment]
+    """What the platform below the vTPM says of itself, as the agent has it now: the report need not be made for you.
+    Judge it with `cgpuctl platform verify`. Default: allowed.
     """
     GetQuote: _aio.UnaryUnaryMultiCallable[_measured_boot_pb2.GetQuoteRequest, _measured_boot_pb2.GetQuoteResponse]  # type: ignore[assignment]
     """A quote by the platform AK whose extraData names the caller:
@@ -95,6 +103,16 @@ class MeasuredBootServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_measured_boot_pb2.GetIdentityResponse, _abc.Awaitable[_measured_boot_pb2.GetIdentityResponse]]:
         """The keys and certificates of this VM's vTPM. They change only at a reboot (agent_ak) or when the cloud renews the
         AK certificate. Default: allowed to every identified caller.
+        """
+
+    @_abc_1.abstractmethod
+    def GetPlatform(
+        self,
+        request: _measured_boot_pb2.GetPlatformRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_measured_boot_pb2.GetPlatformResponse, _abc.Awaitable[_measured_boot_pb2.GetPlatformResponse]]:
+        """What the platform below the vTPM says of itself, as the agent has it now: the report need not be made for you.
+        Judge it with `cgpuctl platform verify`. Default: allowed.
         """
 
     @_abc_1.abstractmethod

@@ -219,8 +219,7 @@ class Commands:
             return self._esapi.certify(handle, signer, qualifying_data)
 
     def nv_read(self, index: int) -> bytes | None:
-        if index >> 24 != 0x01:
-            raise Misuse("TPM_ARGUMENT", "an NV index begins with 01")
+        _check_nv_index(index)
         try:
             return self._nv_read(index)
         except TpmFault as fault:
@@ -244,6 +243,21 @@ class Commands:
                 raise DeviceFault("TPM_ERROR", "the TPM returned another amount of NV data than asked for")
             data += part
         return bytes(data)
+
+    def nv_write(self, index: int, data: bytes) -> None:
+        _check_nv_index(index)
+        if not 1 <= len(data) <= _NV_CHUNK:
+            raise Misuse("TPM_ARGUMENT", f"an NV index is written with 1 to {_NV_CHUNK} bytes")
+        try:
+            handle = self._esapi.object_at(index)
+        except TpmFault as fault:
+            if fault.code not in ABSENT_HANDLE:
+                raise
+            self._esapi.nv_define(keys.nv_public(index, len(data)))
+            handle = self._esapi.object_at(index)
+        if _read(answers.parse_nv_public, self._esapi.nv_read_public(handle)).size != len(data):
+            raise DeviceFault("TPM_ERROR", f"NV index 0x{index:08x} has another size than what is to be written")
+        self._esapi.nv_write(handle, data)
 
     @_with_free_slots
     def ek_public(self, algorithm: AkAlgorithm) -> bytes:
@@ -354,6 +368,11 @@ def _is_ek(public: bytes, algorithm: AkAlgorithm) -> bool:
 def _check_persistent(handle: int) -> None:
     if handle >> 24 != 0x81:
         raise Misuse("TPM_ARGUMENT", "a persistent handle begins with 81")
+
+
+def _check_nv_index(index: int) -> None:
+    if index >> 24 != 0x01:
+        raise Misuse("TPM_ARGUMENT", "an NV index begins with 01")
 
 
 def _check_auth(auth: bytes) -> None:

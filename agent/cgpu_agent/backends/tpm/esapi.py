@@ -258,9 +258,10 @@ class Esapi:
         """TPM2_NV_UndefineSpace by the owner."""
         self._call("NV_UndefineSpace", self._esys.nv_undefine_space, index)
 
-    def nv_write(self, index: Handle, data: bytes, session: Handle) -> None:
-        """TPM2_NV_Write from offset 0, authorised by the index's policy."""
-        self._call("NV_Write", self._esys.nv_write, index, data, 0, index, session1=session)
+    def nv_write(self, index: Handle, data: bytes, session: Handle | None = None) -> None:
+        """TPM2_NV_Write from the first byte on: by the owner, or by the policy that ``session`` satisfies."""
+        by, session1 = (ESYS_TR.OWNER, ESYS_TR.PASSWORD) if session is None else (index, session)
+        self._call("NV_Write", self._esys.nv_write, index, data, 0, by, session1=session1)
 
     def nv_increment(self, index: Handle) -> None:
         """TPM2_NV_Increment with the index's own (empty) auth."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from cgpu_agent.backends.tpm.keys import sized
+from cgpu_agent.backends.tpm.keys import nv_public, sized
 from cgpu_agent.wire.tpm import HASH_ALGS, HASH_SIZES
 
 OWNER: Final = 0x40000001
@@ -43,16 +43,7 @@ def pcr_extend(index: int, digests: Iterable[bytes]) -> bytes:
 
 def nv_define(index: int, size: int, attributes: int, hierarchy: int) -> bytes:
     """TPM2_NV_DefineSpace with an empty auth and no policy."""
-    public = b"".join(
-        (
-            index.to_bytes(4, "big"),
-            HASH_ALGS["sha256"].to_bytes(2, "big"),
-            attributes.to_bytes(4, "big"),
-            sized(b""),
-            size.to_bytes(2, "big"),
-        )
-    )
-    return _authorised(0x12A, [hierarchy], sized(b"") + sized(public))
+    return _authorised(0x12A, [hierarchy], sized(b"") + sized(nv_public(index, size, attributes)))
 
 
 def nv_write(index: int, data: bytes, offset: int, hierarchy: int) -> bytes:

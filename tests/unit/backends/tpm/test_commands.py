@@ -276,6 +276,28 @@ def test_nv_index_closed_to_the_owner_is_an_error(commands: Commands, swtpm: Swt
 def test_refuses_an_index_outside_nv(commands: Commands) -> None:
     with pytest.raises(Misuse):
         commands.nv_read(PLATFORM_AK)
+    with pytest.raises(Misuse):
+        commands.nv_write(PLATFORM_AK, b"1")
+
+
+def test_an_index_is_defined_and_written(commands: Commands) -> None:
+    for content in (b"first".ljust(64, b"."), b"other".ljust(64, b".")):
+        commands.nv_write(0x01400002, content)
+        assert commands.nv_read(0x01400002) == content
+
+
+def test_an_index_of_another_size_keeps_its_content(commands: Commands) -> None:
+    commands.nv_write(0x01400002, bytes(64))
+    with pytest.raises(DeviceFault) as caught:
+        commands.nv_write(0x01400002, b"\1" * 32)
+    assert caught.value.slug == "TPM_ERROR"
+    assert commands.nv_read(0x01400002) == bytes(64)
+
+
+@pytest.mark.parametrize("size", [0, 1025])
+def test_refuses_to_write_what_is_no_single_write(commands: Commands, size: int) -> None:
+    with pytest.raises(Misuse):
+        commands.nv_write(0x01400002, bytes(size))
 
 
 @pytest.mark.parametrize("algorithm", ["rsa", "ecc"])

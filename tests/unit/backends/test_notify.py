@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from cgpu_agent.daemon.notify import Notifier, passed_descriptors
+from cgpu_agent.backends.notify import Notifier, passed_descriptors
 from fixtures.ear import Ear
 
 

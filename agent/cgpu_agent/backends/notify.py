@@ -1,4 +1,4 @@
-"""systemd's side of the daemon: readiness, status line, watchdog pings, and the sockets it hands over.
+"""systemd's side of a service: readiness, status line, watchdog pings, and the sockets it hands over.
 
 Protocol: sd_notify(3), sd_listen_fds(3). A datagram and three environment variables need no library.
 """

@@ -1,0 +1,43 @@
+"""How often one caller may ask, however many connections it has: a bucket of tokens for each uid."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+from cgpu_agent.backends.base import Clock
+from cgpu_agent.errors import Exhausted
+
+MAX_UIDS: Final = 4096
+
+
+class Rate:
+    """Not thread-safe: lives on the event loop.
+
+    Args:
+        per_minute: what one uid may ask in a minute, all of it at once if it likes.
+        slug, message: of the refusal.
+    """
+
+    def __init__(self, clock: Clock, per_minute: int, slug: str, message: str) -> None:
+        self._clock = clock
+        self._size = float(per_minute)
+        self._slug = slug
+        self._message = message
+        self._buckets: OrderedDict[int, tuple[float, float]] = OrderedDict()
+
+    def take(self, uid: int) -> None:
+        """Take a token. Raises ``Exhausted``, with the time until there is another."""
+        now = self._clock.monotonic()
+        left, since = self._buckets.pop(uid, (self._size, now))
+        left = min(self._size, left + (now - since) * self._size / 60.0)
+        if left < 1.0:
+            self._keep(uid, left, now)
+            raise Exhausted(self._slug, self._message, retry_after=(1.0 - left) * 60.0 / self._size)
+        self._keep(uid, left - 1.0, now)
+
+    def _keep(self, uid: int, left: float, now: float) -> None:
+        # Who has not asked for longest is forgotten first: by then its bucket is fullest.
+        if len(self._buckets) >= MAX_UIDS:
+            self._buckets.popitem(last=False)
+        self._buckets[uid] = (left, now)

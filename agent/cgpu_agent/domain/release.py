@@ -1,0 +1,169 @@
+"""Releases keys: policy, broker, policy again, a record, and only then the key.
+
+A broker takes seconds. What was decided before it answered is decided anew after, in one step with the delivery: a
+GPU that was lost meanwhile, a policy that was reloaded, ends the release.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from cgpu_agent.backends.base import MAX_SECRET, Clock, KeyBroker
+from cgpu_agent.domain.attester import CoreAttester, Machine
+from cgpu_agent.domain.audit import AuditLog
+from cgpu_agent.domain.caller import Caller
+from cgpu_agent.domain.policy import Action, Decision, Key
+from cgpu_agent.domain.rate import Rate
+from cgpu_agent.domain.wrap import load_recipient, wrap
+from cgpu_agent.errors import Denied, Unavailable
+from cgpu_agent.wire.bundle import KeyRelease
+from cgpu_agent.wire.delivery import DeliveryContext
+
+BROKER_SECONDS: Final = 30.0
+
+Decide = Callable[[Caller, Action, Key], Decision]
+
+
+@dataclass(frozen=True, slots=True)
+class KeySpec:
+    """A key that the agent can release.
+
+    Attributes:
+        key: its id, broker and group, as policy sees them.
+        path: the broker's own name of it.
+        seconds: after which a caller should ask again.
+    """
+
+    key: Key
+    path: str
+    seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A released key on its way. ``secret`` is wrapped where ``wrapped`` says so."""
+
+    context: bytes
+    secret: bytes
+    wrapped: bool
+
+    def __repr__(self) -> str:
+        return f"Delivery(wrapped={self.wrapped})"
+
+
+class Release:
+    """The keys of this VM.
+
+    Args:
+        keys: by id.
+        brokers: by kind; a key whose broker is not there is no key.
+        decide: asks the policy of this moment, about the machine of this moment.
+        epoch: changes whenever what was decided before is void.
+        audit: the log; ``None`` where none can be kept: then nothing is released.
+        machine: what a broker may have shown.
+        rate: how often a caller may ask.
+    """
+
+    def __init__(
+        self,
+        keys: Mapping[str, KeySpec],
+        brokers: Mapping[str, KeyBroker],
+        decide: Decide,
+        epoch: Callable[[], Hashable],
+        audit: AuditLog | None,
+        machine: Machine,
+        rate: Rate,
+        clock: Clock,
+    ) -> None:
+        self._keys = {name: spec for name, spec in keys.items() if spec.key.broker in brokers}
+        self._brokers = brokers
+        self._decide = decide
+        self._epoch = epoch
+        self._audit = audit
+        self._machine = machine
+        self._rate = rate
+        self._clock = clock
+
+    def offers(self, caller: Caller) -> list[tuple[Key, bool, bool]]:
+        """The keys that this caller may have now: each, whether wrapped, whether in plain."""
+        found = []
+        for spec in self._keys.values():
+            ways = [self._decide(caller, action, spec.key).allowed for action in (Action.KEY_GET, Action.KEY_PLAIN)]
+            if any(ways):
+                found.append((spec.key, ways[0], ways[1]))
+        return found
+
+    async def get(self, caller: Caller, name: str, recipient: bytes | None) -> Delivery:
+        """A key for this caller, wrapped to ``recipient`` (DER SubjectPublicKeyInfo) or in plain.
+
+        Raises:
+            Denied: ``NOT_ALLOWED``, also where there is no such key; ``KEY_REFUSED``: the broker refused.
+            Misuse: ``BAD_RECIPIENT``.
+            Exhausted: ``KEY_LIMIT``.
+            Unavailable: ``TRUST_CHANGED``: what was decided is void, ask again; ``AUDIT_UNAVAILABLE``; and what
+                ``KeyBroker.release`` raises.
+        """
+        self._rate.take(caller.uid)
+        target = None if recipient is None else load_recipient(recipient)
+        action = Action.KEY_PLAIN if target is None else Action.KEY_GET
+        spec = self._permitted(caller, action, name)
+        epoch = self._epoch()
+        if self._audit is None:
+            raise Unavailable("AUDIT_UNAVAILABLE", "no audit log is kept, and a release needs its record")
+        digest = None if recipient is None else hashlib.sha256(recipient).digest()
+        release = KeyRelease(spec.key.broker, spec.key.id, digest)
+        attester = CoreAttester(self._machine, caller, release)
+        broker = self._brokers[spec.key.broker]
+        released = await broker.release(spec.path, attester, timeout=BROKER_SECONDS)
+        if not 1 <= len(released.secret) <= MAX_SECRET:
+            raise Unavailable("BROKER_ANSWER", "the broker let go of what cannot be a key")
+        decision = self._still_permitted(caller, action, name, epoch)
+        expires = int(self._clock.time()) + spec.seconds
+        sequence = await self._audit.record(
+            "key",
+            {
+                "broker": spec.key.broker,
+                "caller": caller.claims(),
+                "expires": expires,
+                "generation": released.generation,
+                "key": spec.key.id,
+                "policies": list(decision.policy_ids),
+                "recipient": None if digest is None else digest.hex(),
+            },
+        )
+        self._still_permitted(caller, action, name, epoch)  # from here on nothing waits
+        context = DeliveryContext(
+            key=spec.key.id,
+            broker=spec.key.broker,
+            generation=released.generation,
+            sequence=sequence,
+            expires=expires,
+            caller=caller.claims(),
+            recipient=digest,
+        ).encode()
+        if target is None:
+            return Delivery(context, released.secret, wrapped=False)
+        return Delivery(context, wrap(released.secret, target, context), wrapped=True)
+
+    def _permitted(self, caller: Caller, action: Action, name: str) -> KeySpec:
+        spec = self._keys.get(name)
+        if spec is None:  # as for a key that this caller may not have: nobody learns which there are
+            raise Denied("NOT_ALLOWED", "not allowed: no policy allows this")
+        decision = self._decide(caller, action, spec.key)
+        if not decision.allowed:
+            raise Denied("NOT_ALLOWED", f"not allowed: {decision.reason}")
+        return spec
+
+    def _still_permitted(self, caller: Caller, action: Action, name: str, epoch: Hashable) -> Decision:
+        if self._epoch() != epoch:
+            raise Unavailable("TRUST_CHANGED", "what the release rests on has changed meanwhile", retry_after=1.0)
+        spec = self._permitted(caller, action, name)
+        return self._decide(caller, action, spec.key)
+
+    def close(self) -> None:
+        """Have every broker forget what it holds."""
+        for broker in self._brokers.values():
+            broker.close()

@@ -1,0 +1,38 @@
+"""The Keys service: convert, call the domain, convert."""
+
+# gRPC names a service's methods and their parameters.
+from __future__ import annotations
+
+from typing import Any
+
+from cgpu_agent.api.v1 import keys_pb2, keys_pb2_grpc
+from cgpu_agent.domain.core import Core
+from cgpu_agent.errors import Denied
+from cgpu_agent.rpc.interceptor import current_caller
+
+pb = keys_pb2
+
+
+class KeysService(keys_pb2_grpc.KeysServicer):
+    """See protos/cgpu_agent/api/v1/keys.proto."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def List(self, request: pb.ListKeysRequest, context: Any) -> pb.ListKeysResponse:
+        release = self._core.release
+        offers = [] if release is None else release.offers(current_caller())
+        return pb.ListKeysResponse(
+            keys=[
+                pb.KeyInfo(key=key.id, broker=key.broker, wrapped=wrapped, plain=plain)
+                for key, wrapped, plain in offers
+            ]
+        )
+
+    async def Get(self, request: pb.GetKeyRequest, context: Any) -> pb.GetKeyResponse:
+        if self._core.release is None:  # as for any key that the caller may not have
+            raise Denied("NOT_ALLOWED", "not allowed: no policy allows this")
+        await self._core.started()
+        found = await self._core.release.get(current_caller(), request.key, request.recipient or None)
+        secret = {"wrapped" if found.wrapped else "plain": found.secret}
+        return pb.GetKeyResponse(context=found.context, **secret)
