@@ -32,6 +32,7 @@ from cgpu_agent.wire.tpm import (
     PcrSelection,
     parse_public,
 )
+from cgpu_agent.wire.tpmpolicy import NvIndex
 
 if TYPE_CHECKING:
     from typing import Concatenate, ParamSpec
@@ -253,7 +254,7 @@ class Commands:
         except TpmFault as fault:
             if fault.code not in ABSENT_HANDLE:
                 raise
-            self._esapi.nv_define(keys.nv_public(index, len(data)))
+            self._esapi.nv_define(NvIndex(index, keys.OWNER_INDEX, b"", len(data)).public())
             handle = self._esapi.object_at(index)
         if _read(answers.parse_nv_public, self._esapi.nv_read_public(handle)).size != len(data):
             raise DeviceFault("TPM_ERROR", f"NV index 0x{index:08x} has another size than what is to be written")

@@ -1,8 +1,8 @@
-"""Public templates of the keys and NV indices this package makes in a TPM, marshalled.
+"""Public templates of the keys this package makes in a TPM, as marshalled TPMT_PUBLIC.
 
-Sources: TCG "TPM 2.0 Library", Part 2, 12.2.4 (TPMT_PUBLIC), 13.4 and 13.5 (TPMA_NV,
-TPMS_NV_PUBLIC); TCG "EK Credential Profile for TPM Family 2.0", rev 2.5, B.3.3 and B.3.4 (templates L-1 and L-2).
-Keys of ours carry noDA: somebody else's wrong auth cannot lock them.
+Sources: TCG "TPM 2.0 Library", Part 2, 12.2.4 (TPMT_PUBLIC) and 13.4 (TPMA_NV); TCG "EK Credential Profile for TPM
+Family 2.0", rev 2.5, B.3.3 and B.3.4 (templates L-1 and L-2). Keys of ours carry noDA: somebody else's wrong auth
+cannot lock them.
 """
 
 from __future__ import annotations
@@ -75,12 +75,6 @@ def storage_parent() -> bytes:
     """The TCG storage key template, ECC P-256 with AES-128-CFB."""
     head = _head(ALG_ECC, _OWN | ObjectAttributes.DECRYPT)
     return _ecc(head, _AES128_CFB, _u16(ALG_NULL), (bytes(32), bytes(32)))
-
-
-def nv_public(index: int, size: int, attributes: int = OWNER_INDEX) -> bytes:
-    """TPMS_NV_PUBLIC of an ordinary index without a policy; its Name is made with SHA-256."""
-    head = index.to_bytes(4, "big") + _u16(ALG_SHA256) + attributes.to_bytes(4, "big")
-    return head + sized(b"") + size.to_bytes(2, "big")
 
 
 def endorsement_key(algorithm: AkAlgorithm, nonce: bytes = b"") -> bytes:
