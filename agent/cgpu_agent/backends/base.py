@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 from cgpu_agent.wire.tpm import ClockInfo, PcrSelection
+from cgpu_agent.wire.tpmpolicy import NvIndex
 
 T = TypeVar("T")
 
@@ -47,6 +48,28 @@ class LoadedKey:
 
 
 @dataclass(frozen=True, slots=True)
+class BootApproval:
+    """An owner's approval of a boot for one group of keys, as a TPM takes it.
+
+    Attributes:
+        authority: TPMT_PUBLIC of the owner's key.
+        selection: PCRs whose present values it is about.
+        epoch_index: counter that must not be above ``epoch``.
+        approved: digest of PolicyPCR and PolicyNV.
+        ref: policyRef.
+        signature: TPMT_SIGNATURE over ``approved || ref``.
+    """
+
+    authority: bytes
+    selection: PcrSelection
+    epoch_index: NvIndex
+    epoch: int
+    approved: bytes
+    ref: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class TpmInfo:
     """What the TPM says of itself. Not evidence: a host could answer this."""
 
@@ -56,6 +79,60 @@ class TpmInfo:
     vendor: str
 
 
+class SealingCommands(Protocol):
+    """What sealed keys take of a TPM, in bytes; as ``TpmCommands``, whose part it is.
+
+    Nothing that a method loads or starts is left behind, however it ends. ``parent`` is the Name of the storage key
+    that a blob was made below; ``Unavailable`` ``KEY_LOST``: this TPM has that key no more (TPM2_Clear).
+    Methods that take a ``BootApproval`` raise ``Unavailable``: ``KEY_NOT_APPROVED`` (another boot, another authority
+    or a bad signature), ``KEY_APPROVAL_OLD``, ``KEY_INDEX_LOST`` (see ``nv_content``), ``KEY_LOST``.
+    """
+
+    def storage_key(self, owner_auth: bytes = b"") -> bytes:
+        """TPMT_PUBLIC of our storage key in the owner hierarchy, made and persisted where there is none.
+
+        Raises ``Unavailable``: ``KEY_INDEX_LOST`` when a key of another kind has its handle.
+        """
+
+    def nv_define(self, index: NvIndex, owner_auth: bytes = b"") -> None:
+        """Define an index with an empty auth, in the place of whatever has its handle."""
+
+    def holds(self, parent: bytes) -> bool:
+        """Whether the storage key is the one of this Name."""
+
+    def nv_undefine(self, index: int, owner_auth: bytes = b"") -> None:
+        """Undefine whatever has that handle, if anything has."""
+
+    def nv_public(self, index: int) -> NvIndex | None:
+        """What has that handle."""
+
+    def nv_content(self, index: NvIndex) -> bytes | None:
+        """Content of an index by AUTHREAD, or ``None`` when it is not there or was not written.
+
+        Raises ``Unavailable``: ``KEY_INDEX_LOST`` when something else has that handle.
+        """
+
+    def nv_increment(self, index: NvIndex) -> None:
+        """Count up by AUTHWRITE. Raises ``Unavailable``: ``KEY_INDEX_LOST``."""
+
+    def nv_write(
+        self, index: NvIndex, data: bytes, *, parent: bytes, setter: KeyBlob, approval: BootApproval
+    ) -> None:
+        """Write a POLICYWRITE index whose policy is PolicySigned by ``setter``."""
+
+    def create_setter(self, parent: bytes, policy: bytes) -> KeyBlob:
+        """Make a signing key that only its policy lets sign."""
+
+    def seal(self, parent: bytes, policy: bytes, data: bytes) -> KeyBlob:
+        """Make a data object of 1 to 128 bytes that only its policy opens."""
+
+    def unseal(self, parent: bytes, blob: KeyBlob, approval: BootApproval, latch: NvIndex, operand: bytes) -> bytes:
+        """Open a data object whose policy is PolicyAuthorize, then PolicyNV(``latch`` == ``operand``).
+
+        Raises ``Unavailable``: ``KEY_LATCH_CLOSED``, also when it was closed while the object was being opened.
+        """
+
+
 class TpmCommands(Protocol):
     """TPM commands in bytes. Valid only inside a job of ``Tpm.run``, on the owner's thread.
 
@@ -63,6 +140,9 @@ class TpmCommands(Protocol):
     ``TPM_BUSY`` (out of slots), ``TPM_NV_FULL``, ``TPM_AUTH``, ``TPM_ERROR`` for the rest; argument errors
     are ``Misuse``.
     """
+
+    @property
+    def sealing(self) -> SealingCommands: ...
 
     def info(self) -> TpmInfo: ...
 

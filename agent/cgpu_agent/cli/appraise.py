@@ -58,7 +58,7 @@ class Judge:
         else:
             name, text = str(arguments.policy), _text(arguments.policy)
         policy = Policies.load(text, appraisal_schema(), name)
-        reference = None if arguments.reference is None else _reference(arguments.reference)
+        reference = None if arguments.reference is None else read_reference(arguments.reference)
         return cls(policy, name, reference, decisive=arguments.appraise or arguments.policy is not None)
 
     def appraise(self, result: EvidenceResult) -> Appraisal:
@@ -128,7 +128,7 @@ def _text(path: Path) -> str:
         raise Misuse("BAD_POLICY", f"{path}: not UTF-8") from None
 
 
-def _reference(path: Path) -> Reference:
+def read_reference(path: Path) -> Reference:
     try:
         return parse_reference(read_file(path, MAX_REFERENCE))
     except HostileInput as error:

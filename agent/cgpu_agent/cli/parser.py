@@ -507,6 +507,29 @@ def _key(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--plain", action="store_true", help="in plain over the socket, which policy permits apart")
     _socket(parser, "the agent's socket", "CGPU_AGENT_SOCKET")
     parser.set_defaults(module="key")
+    parser = verbs.add_parser(
+        "policy-sign",
+        help="approve a boot in which sealed keys may be opened",
+        description="Approve the boot that a reference describes: the TPMs of the fleet open keys of these groups in "
+        "it, without resealing. Needs your key, and neither a VM nor a TPM.",
+    )
+    for name, what in (("--key", "your P-256 key (PEM)"), ("--reference", "the boot (cgpuctl reference make)")):
+        parser.add_argument(name, type=Path, required=True, metavar="FILE", help=what)
+    parser.add_argument("--fleet", required=True, metavar="NAME", help="the VMs, as their keys were created for")
+    parser.add_argument("--group", action="append", required=True, metavar="NAME", help="a group of keys; repeatable")
+    parser.add_argument(
+        "--epoch", type=int, required=True, metavar="N", help="good while the TPM's epoch counter is at most this"
+    )
+    parser.add_argument(
+        "--pcr", type=int, action="append", metavar="PCR", help="approve this PCR (default: all of the reference)"
+    )
+    parser.add_argument(
+        "--i-know",
+        action="store_true",
+        help="approve a boot that does not measure the root file system, all the same",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where to write it")
+    parser.set_defaults(module="keysign")
 
 
 def _policy(commands: _Commands[argparse.ArgumentParser]) -> None:

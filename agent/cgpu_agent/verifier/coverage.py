@@ -106,11 +106,16 @@ def agent_coverage(result: EvidenceResult, candidates: Iterable[str] = ()) -> Co
     line = command_line(result, candidates)
     if line.text is None:
         return _nothing(f"the kernel command line is not proven: {line.detail}")
-    if _AMBIGUOUS.search(line.text):
+    return coverage_by(line.text)
+
+
+def coverage_by(text: str) -> Coverage:
+    """Say what a kernel that starts with this command line measures of the agent's files."""
+    if _AMBIGUOUS.search(text):
         return _nothing("the kernel command line has quotes or escapes that its readers read differently")
-    if "\\u" in line.text or "\N{HORIZONTAL ELLIPSIS}" in line.text:
+    if "\\u" in text or "\N{HORIZONTAL ELLIPSIS}" in text:
         return _nothing("the kernel command line is too long, or has characters that hide text")
-    words = list(_words(line.text))
+    words = list(_words(text))
     if any(name == "systemd.verity" and value.lower() in _OFF for name, value in words):
         return _nothing("the kernel command line turns dm-verity off")
     if any(name.endswith("_options") and "ignore-corruption" in value for name, value in words):

@@ -27,6 +27,7 @@ class NvPublic:
 
     index: int
     attributes: int
+    policy: bytes
     size: int
 
 
@@ -57,10 +58,10 @@ def parse_nv_public(data: bytes) -> NvPublic:
     index = reader.u32("nvIndex")
     reader.u16("nameAlg")
     attributes = reader.u32("attributes")
-    reader.sized16("authPolicy", 64)
+    policy = reader.sized16("authPolicy", 64)
     size = reader.u16("dataSize")
     reader.end()
-    return NvPublic(index, attributes, size)
+    return NvPublic(index, attributes, policy, size)
 
 
 def parse_digests(data: bytes) -> tuple[bytes, ...]:

@@ -20,6 +20,7 @@ from cgpu_agent.backends.tpm.faults import (
     SLOT_CODES,
     TpmFault,
 )
+from cgpu_agent.backends.tpm.sealing import Sealing
 from cgpu_agent.backends.tpm.transport import Transport
 from cgpu_agent.errors import DeviceFault, HostileInput, Misuse
 from cgpu_agent.wire.tpm import (
@@ -35,6 +36,7 @@ from cgpu_agent.wire.tpm import (
     PcrSelection,
     parse_public,
 )
+from cgpu_agent.wire.tpmpolicy import NvIndex
 
 if TYPE_CHECKING:
     from typing import Concatenate, ParamSpec
@@ -82,6 +84,7 @@ class Commands:
 
     def __init__(self, transport: Transport, *, command_timeout: float = 30.0, deadline: float = math.inf) -> None:
         self._esapi: Final = Esapi(transport, command_timeout=command_timeout, deadline=deadline)
+        self.sealing: Final = Sealing(self._esapi)
         self._persistent: Final[dict[int, Handle]] = {}
         self._nv_chunk = 0
         if self.exclusive:
@@ -227,7 +230,7 @@ class Commands:
         if len(policy) != HASH_SIZES["sha256"]:
             raise Misuse("TPM_ARGUMENT", "the policy of a decryption key is a SHA-256 digest")
         template = keys.decryption_key(policy, secrets.token_bytes(256))
-        handle, public = self._esapi.create_primary(template, null=True)
+        handle, public = self._esapi.create_primary(template, "null")
         with self._flushed(handle):
             _read(parse_public, public)
             return LoadedKey(self._esapi.context_save(handle), public, b"")
@@ -276,7 +279,7 @@ class Commands:
         except TpmFault as fault:
             if fault.code not in ABSENT_HANDLE:
                 raise
-            self._esapi.nv_define(keys.nv_public(index, len(data)))
+            self._esapi.nv_define(NvIndex(index, keys.OWNER_INDEX, b"", len(data)).public())
             handle = self._esapi.object_at(index)
         if _read(answers.parse_nv_public, self._esapi.nv_read_public(handle)).size != len(data):
             raise DeviceFault("TPM_ERROR", f"NV index 0x{index:08x} has another size than what is to be written")

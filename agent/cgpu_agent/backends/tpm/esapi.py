@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any, Final, NewType
+from typing import Any, Final, Literal, NewType
 
 # The library writes every error to stderr, expected ones too; it reads this at its first call.
 os.environ.setdefault("TSS2_LOG", "all+none")
@@ -19,11 +19,13 @@ from tpm2_pytss import (
     ESAPI,
     ESYS_TR,
     TPM2_ALG,
+    TPM2_EO,
     TPM2_SE,
     TPM2_SU,
     TPM2B_ENCRYPTED_SECRET,
     TPM2B_ID_OBJECT,
     TPM2B_NV_PUBLIC,
+    TPM2B_OPERAND,
     TPM2B_PRIVATE,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
@@ -33,7 +35,9 @@ from tpm2_pytss import (
     TPMS_CONTEXT,
     TPMT_RSA_DECRYPT,
     TPMT_SIG_SCHEME,
+    TPMT_SIGNATURE,
     TPMT_SYM_DEF,
+    TPMT_TK_VERIFIED,
     PyTCTI,
     TSS2_Exception,
 )
@@ -46,9 +50,12 @@ from cgpu_agent.backends.tpm.transport import Transport, converse
 from cgpu_agent.errors import DeviceFault, HostileInput, Misuse
 
 Handle = NewType("Handle", int)
+Hierarchy = Literal["endorsement", "owner", "null"]
 """An object or session as ESYS numbers it: valid in its context only. Not a TPM handle."""
 
 _NO_SYMMETRIC: Final = b"\x00\x10"
+_AES128_CFB: Final = bytes.fromhex("000600800043")
+_SHA256: Final = TPM2_ALG.SHA256
 
 
 class _Tcti(PyTCTI):  # type: ignore[misc]
@@ -162,11 +169,11 @@ class Esapi:
         public, *_ = self._call("ReadPublic", self._esys.read_public, key)
         return _content(public)
 
-    def create_primary(self, template: bytes, *, null: bool = False) -> tuple[Handle, bytes]:
-        """TPM2_CreatePrimary from a TPMT_PUBLIC in the endorsement or null hierarchy: the key, its TPMT_PUBLIC."""
+    def create_primary(self, template: bytes, hierarchy: Hierarchy = "endorsement") -> tuple[Handle, bytes]:
+        """TPM2_CreatePrimary from a TPMT_PUBLIC: the key, its TPMT_PUBLIC."""
         wanted = _sized(TPM2B_PUBLIC, template)
-        hierarchy = ESYS_TR.NULL if null else ESYS_TR.ENDORSEMENT
-        handle, public, *_ = self._call("CreatePrimary", self._esys.create_primary, None, wanted, hierarchy)
+        below = getattr(ESYS_TR, hierarchy.upper())
+        handle, public, *_ = self._call("CreatePrimary", self._esys.create_primary, None, wanted, below)
         return Handle(handle), _content(public)
 
     def evict_control(self, key: Handle, tpm_handle: int) -> None:
@@ -178,6 +185,14 @@ class Esapi:
         sensitive = _argument(TPM2B_SENSITIVE_CREATE, sized(sized(auth) + sized(b"")))
         wanted = _sized(TPM2B_PUBLIC, template)
         private, public, *_ = self._call("Create", self._esys.create, parent, sensitive, wanted)
+        return _content(public), _content(private)
+
+    def seal(self, parent: Handle, template: bytes, data: bytes, session: Handle) -> tuple[bytes, bytes]:
+        """TPM2_Create of a data object: as ``create``, with the data encrypted on its way by ``session``."""
+        sensitive = _argument(TPM2B_SENSITIVE_CREATE, sized(sized(b"") + sized(data)))
+        wanted = _sized(TPM2B_PUBLIC, template)
+        self._set_attributes(session, TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.DECRYPT)
+        private, public, *_ = self._call("Create", self._esys.create, parent, sensitive, wanted, session2=session)
         return _content(public), _content(private)
 
     def load(self, parent: Handle, public: bytes, private: bytes) -> Handle:
@@ -195,6 +210,10 @@ class Esapi:
         """TPM2_ContextLoad."""
         saved = _argument(TPMS_CONTEXT, context)
         return Handle(self._call("ContextLoad", self._esys.context_load, saved))
+
+    def set_owner_auth(self, auth: bytes) -> None:
+        """Give later commands the password of the owner hierarchy; sends nothing."""
+        self._call("TR_SetAuth", self._esys.tr_set_auth, ESYS_TR.OWNER, auth)
 
     def set_auth(self, key: Handle, auth: bytes) -> None:
         """Give later commands the password of ``key``; sends nothing."""
@@ -226,19 +245,85 @@ class Esapi:
         public, _ = self._call("NV_ReadPublic", self._esys.nv_read_public, index)
         return _bytes(public)
 
-    def nv_read(self, index: Handle, count: int, offset: int) -> bytes:
-        """TPM2_NV_Read by the owner."""
-        data = self._call("NV_Read", self._esys.nv_read, index, count, offset, ESYS_TR.OWNER)
+    def nv_read(self, index: Handle, count: int, offset: int, *, owner: bool = True) -> bytes:
+        """TPM2_NV_Read by the owner, or with the index's own (empty) auth."""
+        by = ESYS_TR.OWNER if owner else index
+        data = self._call("NV_Read", self._esys.nv_read, index, count, offset, by)
         return _content(data)
 
     def nv_define(self, public: bytes) -> None:
-        """TPM2_NV_DefineSpace by the owner, with an empty auth, from a TPMS_NV_PUBLIC."""
+        """TPM2_NV_DefineSpace by the owner, of a TPMS_NV_PUBLIC, with an empty auth."""
         wanted = _sized(TPM2B_NV_PUBLIC, public)
-        self._call("NV_DefineSpace", self._esys.nv_define_space, None, wanted)
+        self._call("NV_DefineSpace", self._esys.nv_define_space, b"", wanted)
 
-    def nv_write(self, index: Handle, data: bytes) -> None:
-        """TPM2_NV_Write by the owner, from the first byte on."""
-        self._call("NV_Write", self._esys.nv_write, index, data, 0, ESYS_TR.OWNER)
+    def nv_undefine(self, index: Handle) -> None:
+        """TPM2_NV_UndefineSpace by the owner."""
+        self._call("NV_UndefineSpace", self._esys.nv_undefine_space, index)
+
+    def nv_write(self, index: Handle, data: bytes, session: Handle | None = None) -> None:
+        """TPM2_NV_Write from the first byte on: by the owner, or by the policy that ``session`` satisfies."""
+        by, session1 = (ESYS_TR.OWNER, ESYS_TR.PASSWORD) if session is None else (index, session)
+        self._call("NV_Write", self._esys.nv_write, index, data, 0, by, session1=session1)
+
+    def nv_increment(self, index: Handle) -> None:
+        """TPM2_NV_Increment with the index's own (empty) auth."""
+        self._call("NV_Increment", self._esys.nv_increment, index, index)
+
+    def load_external(self, public: bytes) -> Handle:
+        """TPM2_LoadExternal of a TPMT_PUBLIC for the owner hierarchy: no policy takes a ticket of TPM_RH_NULL."""
+        outer = _sized(TPM2B_PUBLIC, public)
+        return Handle(self._call("LoadExternal", self._esys.load_external, outer, None, ESYS_TR.OWNER))
+
+    def verify_signature(self, key: Handle, digest: bytes, signature: bytes) -> bytes:
+        """TPM2_VerifySignature of a TPMT_SIGNATURE: TPMT_TK_VERIFIED."""
+        signed = _argument(TPMT_SIGNATURE, signature)
+        ticket = self._call("VerifySignature", self._esys.verify_signature, key, digest, signed)
+        return _bytes(ticket)
+
+    def sign(self, key: Handle, digest: bytes, session: Handle) -> bytes:
+        """TPM2_Sign with the scheme of the key, authorised by its policy: TPMT_SIGNATURE."""
+        scheme = TPMT_SIG_SCHEME(scheme=TPM2_ALG.NULL)
+        signature = self._call("Sign", self._esys.sign, key, digest, scheme, session1=session)
+        return _bytes(signature)
+
+    def unseal(self, item: Handle, session: Handle) -> bytes:
+        """TPM2_Unseal, authorised by the item's policy; the answer comes encrypted by ``session``."""
+        self._set_attributes(session, TPMA_SESSION.CONTINUESESSION | TPMA_SESSION.ENCRYPT)
+        data = self._call("Unseal", self._esys.unseal, item, session1=session)
+        return _content(data)
+
+    def start_salted_session(self, key: Handle, *, policy: bool) -> Handle:
+        """TPM2_StartAuthSession salted to a storage key: only who knows the salt can use or read it.
+
+        It is a policy session, or one that only encrypts; it lives until it is flushed.
+        """
+        aes = _argument(TPMT_SYM_DEF, _AES128_CFB)
+        kind = TPM2_SE.POLICY if policy else TPM2_SE.HMAC
+        session = Handle(
+            self._call("StartAuthSession", self._esys.start_auth_session, key, ESYS_TR.NONE, kind, aes, _SHA256)
+        )
+        self._set_attributes(session, TPMA_SESSION.CONTINUESESSION)
+        return session
+
+    def session_nonce(self, session: Handle) -> bytes:
+        """The nonce that the TPM gave to a session last; sends nothing."""
+        nonce = self._call("TRSess_GetNonceTPM", self._esys.trsess_get_nonce_tpm, session)
+        return _content(nonce)
+
+    def policy_nv(self, session: Handle, index: Handle, operand: bytes, operation: int) -> None:
+        """TPM2_PolicyNV from offset 0, read with the index's own (empty) auth."""
+        wanted = _sized(TPM2B_OPERAND, operand)
+        self._call("PolicyNV", self._esys.policy_nv, index, index, session, wanted, TPM2_EO(operation))
+
+    def policy_authorize(self, session: Handle, approved: bytes, ref: bytes, name: bytes, ticket: bytes) -> None:
+        """TPM2_PolicyAuthorize by the key of this Name, which the ticket says has signed."""
+        shown = _argument(TPMT_TK_VERIFIED, ticket)
+        self._call("PolicyAuthorize", self._esys.policy_authorize, session, approved, name, shown, ref)
+
+    def policy_signed(self, session: Handle, key: Handle, nonce: bytes, cp_hash: bytes, signature: bytes) -> None:
+        """TPM2_PolicySigned for one session and one command; expiration 0 asks for no ticket."""
+        signed = _argument(TPMT_SIGNATURE, signature)
+        self._call("PolicySigned", self._esys.policy_signed, key, session, signed, nonce, cp_hash, b"", expiration=0)
 
     def start_policy_session(self, hash_algorithm: int) -> Handle:
         """TPM2_StartAuthSession: an unsalted policy session that lives until it is flushed."""
@@ -256,9 +341,11 @@ class Esapi:
             )
         )
         # Otherwise the TPM ends the session by itself, but only when a command succeeds.
-        keep = TPMA_SESSION.CONTINUESESSION
-        self._call("TRSess_SetAttributes", self._esys.trsess_set_attributes, session, keep)
+        self._set_attributes(session, TPMA_SESSION.CONTINUESESSION)
         return session
+
+    def _set_attributes(self, session: Handle, attributes: int) -> None:
+        self._call("TRSess_SetAttributes", self._esys.trsess_set_attributes, session, attributes)
 
     def policy_secret_endorsement(self, session: Handle) -> None:
         """TPM2_PolicySecret with the endorsement hierarchy's empty auth; expiration 0 asks for no ticket."""

@@ -16,6 +16,11 @@ RC_INTEGRITY_P1: Final = 0x1DF
 ABSENT_HANDLE: Final = frozenset({0x184, 0x18B})
 """TPM_RC_VALUE and TPM_RC_HANDLE for the first handle: nothing lives there."""
 RC_NV_UNINITIALIZED: Final = 0x14A
+RC_POLICY: Final = 0x126
+RC_PCR_CHANGED: Final = 0x128
+RC_VALUE: Final = 0x084
+RC_SIGNATURE: Final = 0x09B
+RC_INTEGRITY: Final = 0x09F
 SLOT_CODES: Final = frozenset({0x902, 0x903, 0x905})
 """TPM_RC_OBJECT_MEMORY, TPM_RC_SESSION_MEMORY, TPM_RC_SESSION_HANDLES."""
 
@@ -79,7 +84,10 @@ def slug_of(code: int) -> str:
     """Slug of a response code other than 0. Handle, parameter and session numbers do not matter."""
     if from_library(code):
         return "TPM_IO"
+    return _SLUGS.get(plain(code), "TPM_ERROR")
+
+
+def plain(code: int) -> int:
+    """The code without layer, and without the number of the handle, parameter or session that it is about."""
     code &= ~_LAYER
-    if code & _FORMAT_ONE:
-        code &= 0x0BF
-    return _SLUGS.get(code, "TPM_ERROR")
+    return code & 0x0BF if code & _FORMAT_ONE else code

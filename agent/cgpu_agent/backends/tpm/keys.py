@@ -1,8 +1,8 @@
-"""Public templates of the keys and NV indices this package makes in a TPM, marshalled.
+"""Public templates of the keys this package makes in a TPM, as marshalled TPMT_PUBLIC.
 
-Sources: TCG "TPM 2.0 Library", Part 2, 12.2.4 (TPMT_PUBLIC), 13.4 and 13.5 (TPMA_NV,
-TPMS_NV_PUBLIC); TCG "EK Credential Profile for TPM Family 2.0", rev 2.5, B.3.3 and B.3.4 (templates L-1 and L-2).
-Keys of ours carry noDA: somebody else's wrong auth cannot lock them.
+Sources: TCG "TPM 2.0 Library", Part 2, 12.2.4 (TPMT_PUBLIC) and 13.4 (TPMA_NV); TCG "EK Credential Profile for TPM
+Family 2.0", rev 2.5, B.3.3 and B.3.4 (templates L-1 and L-2). Keys of ours carry noDA: somebody else's wrong auth
+cannot lock them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from cgpu_agent.wire.tpm import (
 )
 
 _CURVE_P256: Final = 0x0003
+_ALG_KEYEDHASH: Final = 0x0008
 _AES128_CFB: Final = bytes.fromhex("000600800043")
 """TPMT_SYM_DEF_OBJECT: AES, 128 bits, CFB."""
 
@@ -39,6 +40,9 @@ _EK_POLICY: Final = bytes.fromhex("837197674484b3f81a90cc8d46a5d724fd52d76e06520
 
 EK_HANDLES: Final = {"rsa": 0x81010001, "ecc": 0x81010016}
 """Where platforms persist an EK. The ECC one is often P-384; that is then the one its certificate names."""
+STORAGE_HANDLE: Final = 0x8100C670
+"""Where we keep the owner hierarchy's storage key that sealed keys lie below: with an owner password set, it could
+not be made again at each use."""
 EK_TEMPLATE_INDICES: Final = {"rsa": 0x01C00004, "ecc": 0x01C0000C}
 EK_NONCE_INDICES: Final = {"rsa": 0x01C00003, "ecc": 0x01C0000B}
 
@@ -54,8 +58,21 @@ def signing_key(algorithm: AkAlgorithm) -> bytes:
     return _ecc(_head(ALG_ECC, attributes), u16(ALG_NULL), u16(ALG_ECDSA, ALG_SHA256), (b"", b""))
 
 
+def setter_key(policy: bytes) -> bytes:
+    """A signing key, ECC P-256 ECDSA-SHA256, that signs whatever it is given, but only where its policy holds."""
+    attributes = (_OWN | ObjectAttributes.SIGN) & ~(ObjectAttributes.RESTRICTED | ObjectAttributes.USER_WITH_AUTH)
+    head = _head(ALG_ECC, attributes, policy)
+    return _ecc(head, u16(ALG_NULL), u16(ALG_ECDSA, ALG_SHA256), (b"", b""))
+
+
+def sealed_data(policy: bytes) -> bytes:
+    """A data object (TPM_ALG_KEYEDHASH) that opens by its policy alone: without userWithAuth no password does."""
+    attributes = ObjectAttributes.FIXED_TPM | ObjectAttributes.FIXED_PARENT | ObjectAttributes.NO_DA
+    return _head(_ALG_KEYEDHASH, attributes, policy) + u16(ALG_NULL) + sized(b"")
+
+
 def storage_parent() -> bytes:
-    """The TCG storage key template, ECC P-256 with AES-128-CFB, to be made in the endorsement hierarchy."""
+    """The TCG storage key template, ECC P-256 with AES-128-CFB."""
     head = _head(ALG_ECC, _OWN | ObjectAttributes.DECRYPT)
     return _ecc(head, _AES128_CFB, u16(ALG_NULL), (bytes(32), bytes(32)))
 
@@ -67,12 +84,6 @@ def decryption_key(policy: bytes, unique: bytes) -> bytes:
     """
     attributes = _OWN & ~(ObjectAttributes.USER_WITH_AUTH | ObjectAttributes.RESTRICTED) | ObjectAttributes.DECRYPT
     return _rsa(_head(ALG_RSA, attributes, policy), u16(ALG_NULL), u16(ALG_NULL), unique)
-
-
-def nv_public(index: int, size: int, attributes: int = OWNER_INDEX) -> bytes:
-    """TPMS_NV_PUBLIC of an ordinary index without a policy; its Name is made with SHA-256."""
-    head = index.to_bytes(4, "big") + u16(ALG_SHA256) + attributes.to_bytes(4, "big")
-    return head + sized(b"") + size.to_bytes(2, "big")
 
 
 def endorsement_key(algorithm: AkAlgorithm, nonce: bytes = b"") -> bytes:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from cgpu_agent.backends.tpm.keys import nv_public, sized
+from cgpu_agent.backends.tpm.keys import sized
 from cgpu_agent.wire.tpm import HASH_ALGS, HASH_SIZES
+from cgpu_agent.wire.tpmpolicy import NvIndex
 
 OWNER: Final = 0x40000001
 PLATFORM: Final = 0x4000000C
@@ -43,7 +44,7 @@ def pcr_extend(index: int, digests: Iterable[bytes]) -> bytes:
 
 def nv_define(index: int, size: int, attributes: int, hierarchy: int) -> bytes:
     """TPM2_NV_DefineSpace with an empty auth and no policy."""
-    return _authorised(0x12A, [hierarchy], sized(b"") + sized(nv_public(index, size, attributes)))
+    return _authorised(0x12A, [hierarchy], sized(b"") + sized(NvIndex(index, attributes, b"", size).public()))
 
 
 def nv_write(index: int, data: bytes, offset: int, hierarchy: int) -> bytes:
