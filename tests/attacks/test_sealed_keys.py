@@ -10,16 +10,16 @@ from typing import ClassVar
 import pytest
 
 from cgpu_agent.backends.base import BootApproval
-from cgpu_agent.backends.keys import sealed
-from cgpu_agent.backends.keys.sealed import CLOSED, LATCH_HANDLE, OPEN, SealedKeys
 from cgpu_agent.backends.tpm import keys as templates
 from cgpu_agent.backends.tpm import raw
 from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.backends.tpm.faults import TpmFault
 from cgpu_agent.backends.tpm.software import Swtpm
 from cgpu_agent.backends.tpm.transport import UnixPerCommand, response_code
+from cgpu_agent.domain import sealedkeys as sealed
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.latch import Latch
+from cgpu_agent.domain.sealedkeys import CLOSED, LATCH_HANDLE, OPEN, SealedKeys
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import DeviceFault, Misuse, Unavailable
 from cgpu_agent.verifier.approval import _load_key, _sign, sign_approval

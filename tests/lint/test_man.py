@@ -17,7 +17,7 @@ import pytest
 
 from cgpu_agent.cli.parser import build_parser
 from cgpu_agent.daemon import __main__ as daemon
-from cgpu_agent.daemon.brokerconfig import OpenBaoTable, TrusteeTable
+from cgpu_agent.daemon.brokerconfig import AzureTable, OpenBaoTable, TrusteeTable
 from cgpu_agent.daemon.config import Config, KeyConfig
 from cgpu_agent.domain.core import REMEDIES
 from cgpu_agent.domain.policy import Action
@@ -158,7 +158,7 @@ def test_every_key_is_told_with_its_default(section: str, key: str, default: Any
     assert told == _toml(default) or int(told, 0) == default
 
 
-@pytest.mark.parametrize("broker", [OpenBaoTable, TrusteeTable])
+@pytest.mark.parametrize("broker", [AzureTable, OpenBaoTable, TrusteeTable])
 def test_every_key_of_a_broker_is_told(broker: type[Any]) -> None:
     section = parts(CONFIG, "SH")[f"[{broker.__name__.removesuffix('Table').lower()}]"]
     for entry in fields(broker):

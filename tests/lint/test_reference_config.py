@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from cgpu_agent.daemon import config as configuration
-from cgpu_agent.daemon.brokerconfig import OpenBaoTable, TrusteeTable
+from cgpu_agent.daemon.brokerconfig import AzureTable, OpenBaoTable, TrusteeTable
 from cgpu_agent.daemon.config import Config
 from cgpu_agent.domain.policy import Action
 
 REFERENCE = Path(__file__).resolve().parents[2] / "systemd" / "config.toml"
 TABLES = ("sockets", "tpm", "logs", "platform", "gpu", "limits", "egress")
-BROKERS = ("openbao", "trustee")
+BROKERS = ("openbao", "trustee", "azure")
 
 
 def load(text: str, folder: Path) -> Config:
@@ -52,8 +52,9 @@ def test_the_key_that_it_shows_is_taken(tmp_path: Path) -> None:
     assert (key.id, key.broker, key.path, key.group) == ("models/llama", "credential", "llama.key", "models")
 
 
-@pytest.mark.parametrize(("broker", "kind"), [("openbao", OpenBaoTable), ("trustee", TrusteeTable)])
-def test_the_brokers_that_it_shows_are_taken(tmp_path: Path, broker: str, kind: type[Any]) -> None:
+@pytest.mark.parametrize("kind", [OpenBaoTable, TrusteeTable, AzureTable])
+def test_the_brokers_that_it_shows_are_taken(tmp_path: Path, kind: type[Any]) -> None:
+    broker = kind.__name__.removesuffix("Table").lower()
     text = re.sub(r"^# ?", "", REFERENCE.read_text(), flags=re.MULTILINE)
     shown = re.search(rf"^\[{broker}\]\n(.+\n)+", text, flags=re.MULTILINE)
     assert shown is not None

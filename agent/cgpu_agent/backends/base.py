@@ -419,6 +419,8 @@ class KeyBroker(Protocol):
     """Whoever keeps keys and lets them go to a VM that shows what it is."""
 
     kind: BrokerKind
+    sees_gpus: bool
+    """Whether who keeps the keys judges the GPUs itself, and does not leave that to the agent alone."""
 
     async def release(self, path: str, attester: Attester, *, timeout: float) -> ReleasedKey:
         """Get a key.

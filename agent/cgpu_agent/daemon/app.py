@@ -181,7 +181,7 @@ class App:
         limit = "too many keys were asked for; wait a little"
         return Release(
             keys,
-            make_brokers(config),
+            make_brokers(config, self._tpm, core.logs, core.clock),
             lambda caller, action, key: self._policy.decide(caller, action, core.facts(), key),
             self._trust_epoch,
             core.audit,

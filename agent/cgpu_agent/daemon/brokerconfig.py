@@ -8,7 +8,7 @@ from typing import Literal
 from cgpu_agent.wire.egress import SOCKET
 
 Encoding = Literal["base64", "text"]
-BROKER_TABLES = ("egress", "openbao", "trustee")
+BROKER_TABLES = ("egress", "openbao", "trustee", "azure")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +48,19 @@ class OpenBaoTable:
     encoding: Encoding = "base64"
     transit: str = "none"
     namespace: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class AzureTable:
+    """Azure's attestation service, and a Key Vault or Managed HSM.
+
+    ``attestation``, ``vault``: ``https://HOST``. ``access_token``: file with a bearer token for the vault, which a
+    unit beside the agent keeps fresh. ``ca_file``: the only CAs that may vouch for both servers, and for the
+    signature under a released key (PEM). ``mechanism``: how the vault wraps.
+    """
+
+    attestation: str
+    vault: str
+    access_token: str
+    ca_file: str
+    mechanism: str = "RSA_AES_KEY_WRAP_256"

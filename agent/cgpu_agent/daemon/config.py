@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from cgpu_agent.backends.base import AkAlgorithm, BrokerKind
-from cgpu_agent.daemon.brokerconfig import EgressConfig, Encoding, OpenBaoTable, TrusteeTable
+from cgpu_agent.daemon.brokerconfig import AzureTable, EgressConfig, Encoding, OpenBaoTable, TrusteeTable
 from cgpu_agent.errors import Misuse
 from cgpu_agent.wire.keyids import KEY_ID
 from cgpu_agent.wire.ready import SOCKET
@@ -142,6 +142,7 @@ class Config:
     egress: EgressConfig = field(default_factory=EgressConfig)
     openbao: OpenBaoTable | None = None
     trustee: TrusteeTable | None = None
+    azure: AzureTable | None = None
     key: tuple[KeyConfig, ...] = ()
     source: bytes = b""
 
@@ -200,6 +201,7 @@ _TABLES: dict[str, type[Any]] = {
     "egress": EgressConfig,
     "openbao": OpenBaoTable,
     "trustee": TrusteeTable,
+    "azure": AzureTable,
 }
 
 
@@ -304,7 +306,7 @@ def _check_keys(config: Config) -> None:
     if len(set(ids)) != len(ids) or len(ids) > MAX_KEYS:
         raise _bad(f"key: at most {MAX_KEYS} keys, each id once")
     for number, key in enumerate(config.key):
-        if key.broker in ("openbao", "trustee") and getattr(config, key.broker) is None:
+        if key.broker in ("openbao", "trustee", "azure") and getattr(config, key.broker) is None:
             raise _bad(f"key[{number}].broker is {key.broker}, but there is no table [{key.broker}]")
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cgpu_agent.backends.base import TpmCommands
-from cgpu_agent.backends.keys.sealed import SealedKeys
 from cgpu_agent.domain.agentlog import AgentLog
+from cgpu_agent.domain.sealedkeys import SealedKeys
 from cgpu_agent.errors import Unavailable
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.approval import Approval

@@ -126,6 +126,7 @@ class Release:
             "key",
             {
                 "broker": spec.key.broker,
+                "broker_sees_gpus": broker.sees_gpus,
                 "caller": caller.claims(),
                 "expires": expires,
                 "generation": released.generation,

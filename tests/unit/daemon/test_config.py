@@ -63,6 +63,13 @@ EVERYTHING: dict[str, Any] = {
         "namespace": "n",
     },
     "trustee": {"url": "https://t", "ca_file": "/run/x/ca.pem"},
+    "azure": {
+        "attestation": "https://a",
+        "vault": "https://v",
+        "access_token": "/run/x/token",
+        "ca_file": "/run/x/ca.pem",
+        "mechanism": "CKM_RSA_AES_KEY_WRAP",
+    },
     "key": [{"id": "models/llama", "broker": "credential", "path": "llama.key", "group": "models", "seconds": 9}],
 }
 
@@ -80,7 +87,7 @@ def with_value(table: str, key: str, value: object) -> dict[str, Any]:
 
 def test_every_key_is_taken() -> None:
     config = parse(EVERYTHING)
-    tables = {"sockets", "tpm", "logs", "platform", "gpu", "limits", "egress", "openbao", "trustee"}
+    tables = {"sockets", "tpm", "logs", "platform", "gpu", "limits", "egress", "openbao", "trustee", "azure"}
     for field in dataclasses.fields(Config):
         if field.name in tables:
             for inner in dataclasses.fields(getattr(config, field.name)):
@@ -107,6 +114,7 @@ def test_every_key_is_taken() -> None:
         ([{"id": "a", "broker": "credential", "seconds": 0}], "key[0].seconds"),
         ([{"id": "a", "broker": "credential", "secret": "s3cr3t"}], "unknown key 'key[0].secret'"),
         ([{"id": "a", "broker": "openbao"}], "no table [openbao]"),
+        ([{"id": "a", "broker": "azure"}], "no table [azure]"),
         ([{"id": "a", "broker": "trustee"}], "no table [trustee]"),
         ([{"id": "a", "broker": "credential"}] * 2, "each id once"),
         ([{"id": f"a{number}", "broker": "credential"} for number in range(257)], "at most 256"),

@@ -2,7 +2,7 @@
 
 Each release attests anew: a token lives for hours, and whoever has it and may use the vault needs no VM any more.
 The TPM's key decrypts the service's answer and the vault's, once each, and is forgotten. Neither service sees a GPU:
-that the key leaves only while the GPUs are trusted is this agent's decision alone (``SEES``).
+that the key leaves only while the GPUs are trusted is this agent's decision alone (``sees_gpus``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import secrets
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, Literal, Protocol, TypeVar
 
 from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
@@ -30,6 +31,7 @@ from cgpu_agent.backends.base import (
     Tpm,
     TpmCommands,
 )
+from cgpu_agent.backends.keys.https import Https
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, HostileInput, Misuse, Unavailable
 from cgpu_agent.wire.der import trim_der
 from cgpu_agent.wire.hcl import AK_CERTIFICATE_INDEX, parse_hcl
@@ -59,34 +61,16 @@ from cgpu_agent.wire.tpm import PcrSelection, Quoted, parse_attest, pcr_digest, 
 
 T = TypeVar("T")
 
-SEES: Final = "azure: the attestation service and the vault see the VM and its boot, no GPU"
-"""For the record of a release, and for whoever reads a policy: what the far side judged."""
-
 _PCRS: Final = PcrSelection.of("sha256", LINUX_PCRS)
 _USER_DATA: Final = b"cgpu/maa/1"
 _MAX_JWKS: Final = 1 << 20
 _RETRY: Final = 5.0
 _LONGEST_RETRY: Final = 600
 _LATER: Final = frozenset({408, 429})
+_MAX_BEARER: Final = 20_000
 _ORIGIN = re.compile(r"https://[0-9a-z]([0-9a-z.-]{0,251}[0-9a-z])?")
 _BEARER = re.compile(r"[0-9A-Za-z._~+/-]{1,16384}=*")
 """RFC 6750, 2.1."""
-
-
-class Https(Protocol):
-    """HTTPS whose TLS ends in this process."""
-
-    async def request(
-        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes, timeout: float, limit: int
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers by lower-case name, and body, whatever the status; no redirect is followed.
-
-        Args:
-            timeout: seconds for all of it.
-            limit: bytes of the answer's body, at most.
-
-        Raises ``AgentError``.
-        """
 
 
 class Judge(Protocol):
@@ -98,11 +82,26 @@ class Judge(Protocol):
 
 
 AccessToken = Callable[[], Awaitable[str]]
-"""A bearer token of the vault's audience, raising ``AgentError``.
+"""A bearer token of the vault's audience, raising ``AgentError``."""
 
-Injected, since the metadata service that gives a VM's managed identity its tokens speaks plain HTTP on a link-local
-address, which nothing behind ``cgpu-egress`` reaches, by design.
-"""
+
+def token_file(path: Path) -> AccessToken:
+    """A token that a unit beside the agent keeps fresh in a file.
+
+    The metadata service that gives a VM's managed identity its tokens speaks plain HTTP on a link-local address,
+    which nothing behind ``cgpu-egress`` reaches, by design.
+    """
+
+    def read() -> str:
+        try:
+            with path.open("rb") as file:
+                return file.read(_MAX_BEARER).decode("ascii").rstrip("\n")
+        except (OSError, UnicodeDecodeError):
+            raise Unavailable(
+                "NO_ACCESS_TOKEN", "there is no access token for the vault", retry_after=_RETRY
+            ) from None
+
+    return lambda: asyncio.to_thread(read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +150,7 @@ class AzureBroker:
     """
 
     kind: BrokerKind = "azure"
+    sees_gpus = False
 
     def __init__(self, https: Https, tpm: Tpm, judge: Judge, keys: AzureKeys, access_token: AccessToken) -> None:
         self._https: Final = https
@@ -288,7 +288,7 @@ class AzureBroker:
                 method, url, headers=said, body=body, timeout=timeout, limit=limit
             )
         except AgentError as error:
-            raise _unreachable(error.retry_after or _RETRY) from error
+            raise _unreachable(error.retry_after or _RETRY, f" ({error.slug})") from error
         if status == 200:
             return answer
         if status in _LATER or status >= 500:
@@ -334,8 +334,8 @@ def _retry_after(headers: Mapping[str, str]) -> float:
     return float(min(int(text), _LONGEST_RETRY)) if re.fullmatch(r"[0-9]{1,9}", text) else _RETRY
 
 
-def _unreachable(retry_after: float) -> Unavailable:
-    return Unavailable("BROKER_UNREACHABLE", "Azure does not answer now", retry_after=retry_after)
+def _unreachable(retry_after: float, why: str = "") -> Unavailable:
+    return Unavailable("BROKER_UNREACHABLE", f"Azure does not answer now{why}", retry_after=retry_after)
 
 
 def _unreadable(who: str, slug: str) -> Unavailable:

@@ -25,6 +25,7 @@ class CredentialKeys:
     """
 
     kind: BrokerKind = "credential"
+    sees_gpus = False
 
     def __init__(self, folder: Path | None) -> None:
         self._folder: Final = folder

@@ -102,6 +102,7 @@ class OpenBao:
     """
 
     kind: BrokerKind = "openbao"
+    sees_gpus = True
 
     def __init__(self, config: OpenBaoConfig, http: Https, jitter: Callable[[], float] = random.random) -> None:
         self._config: Final = config

@@ -57,6 +57,7 @@ class TrusteeKbs:
     """
 
     kind: BrokerKind = "trustee"
+    sees_gpus = True
 
     def __init__(self, url: str, https: Https) -> None:
         if _ORIGIN.fullmatch(url) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from cgpu_agent.backends.base import ReleasedKey, Signed
-from cgpu_agent.backends.keys.azure import SEES, AzureKeys
+from cgpu_agent.backends.keys.azure import AzureKeys, token_file
 from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.backends.tpm.software import Swtpm
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, Misuse, Unavailable
@@ -248,5 +249,18 @@ def test_settings_that_mean_something_else(changed: dict[str, str]) -> None:
         AzureKeys(**given)  # type: ignore[arg-type]
 
 
-def test_it_says_what_azure_does_not_see() -> None:
-    assert "no GPU" in SEES
+def test_the_token_file_is_read_anew_each_time(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    token = token_file(file)
+    for content in (b"first\n", b"second"):
+        file.write_bytes(content)
+        assert asyncio.run(token()) == content.decode().strip()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", [None, "tök".encode()])
+def test_no_token_is_a_reason(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "token").write_bytes(content)
+    with pytest.raises(Unavailable) as caught:
+        asyncio.run(token_file(tmp_path / "token")())  # type: ignore[arg-type]
+    assert caught.value.slug == "NO_ACCESS_TOKEN"

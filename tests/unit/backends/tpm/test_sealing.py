@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from cgpu_agent.backends.keys import sealed
-from cgpu_agent.backends.keys.sealed import OPEN
 from cgpu_agent.backends.tpm import keys as templates
 from cgpu_agent.backends.tpm import raw
 from cgpu_agent.backends.tpm.answers import parse_sized
 from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.backends.tpm.esapi import Handle
 from cgpu_agent.backends.tpm.software import Swtpm
+from cgpu_agent.domain import sealedkeys as sealed
+from cgpu_agent.domain.sealedkeys import OPEN
 from cgpu_agent.errors import AgentError, Misuse, Unavailable
 from cgpu_agent.wire import tpmpolicy
 from cgpu_agent.wire.approval import EPOCH

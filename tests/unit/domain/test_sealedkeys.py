@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from cgpu_agent.backends.keys import sealed
-from cgpu_agent.backends.keys.sealed import KeyInfo, SealedKeys
 from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.backends.tpm.software import Swtpm
+from cgpu_agent.domain import sealedkeys as sealed
+from cgpu_agent.domain.sealedkeys import KeyInfo, SealedKeys
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import AgentError
 from cgpu_agent.wire.approval import Approval
