@@ -15,7 +15,7 @@ from cgpu_agent.daemon.config import Config
 from cgpu_agent.domain.policy import Action
 
 REFERENCE = Path(__file__).resolve().parents[2] / "systemd" / "config.toml"
-TABLES = ("sockets", "tpm", "logs", "platform", "gpu", "limits", "egress")
+TABLES = ("sockets", "tpm", "logs", "platform", "gpu", "limits", "sealed", "egress")
 BROKERS = ("openbao", "trustee", "azure")
 
 

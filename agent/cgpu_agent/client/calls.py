@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from cgpu_agent.api.v1 import admin_pb2, evidence_pb2, gpus_pb2, keys_pb2, measured_boot_pb2
+from cgpu_agent.api.v1 import admin_pb2, evidence_pb2, gpus_pb2, keys_pb2, measured_boot_pb2, sealed_keys_pb2
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.wire.delivery import parse_context
 
@@ -101,7 +101,7 @@ class GpuReport:
 class Call(Generic[R]):
     """One call, ready to be made."""
 
-    service: Literal["MeasuredBoot", "Evidence", "Gpus", "Keys", "Admin"]
+    service: Literal["MeasuredBoot", "Evidence", "Gpus", "Keys", "Admin", "SealedKeys"]
     method: str
     request: Any
     convert: Callable[[Any], R]
@@ -284,3 +284,39 @@ def get_raw_gpu_report(uuid: str, nonce: bytes) -> Call[GpuReport]:
 
 def get_status() -> Call[admin_pb2.GetStatusResponse]:
     return Call("Admin", "GetStatus", admin_pb2.GetStatusRequest(), lambda answer: answer)
+
+
+def show_sealed_keys() -> Call[sealed_keys_pb2.ShowSealedKeysResponse]:
+    return Call("SealedKeys", "Show", sealed_keys_pb2.ShowSealedKeysRequest(), lambda answer: answer)
+
+
+def create_sealed_keys(authority: bytes, fleet: str, owner_auth: bytes, *, replace_lost: bool) -> Call[None]:
+    request = sealed_keys_pb2.CreateSealedKeysRequest(
+        authority=authority, fleet=fleet, owner_auth=owner_auth, replace_lost=replace_lost
+    )
+    return Call("SealedKeys", "Create", request, lambda _: None)
+
+
+def adopt_sealed_keys(authority: bytes, owner_auth: bytes) -> Call[int]:
+    request = sealed_keys_pb2.AdoptSealedKeysRequest(authority=authority, owner_auth=owner_auth)
+    return Call("SealedKeys", "Adopt", request, lambda answer: int(answer.generation))
+
+
+def add_sealed_key(key: str, group: str, secret: bytes) -> Call[sealed_keys_pb2.SealedKeyInfo]:
+    request = sealed_keys_pb2.AddSealedKeyRequest(key=key, group=group, secret=secret)
+    return Call("SealedKeys", "Add", request, lambda answer: answer)
+
+
+def rotate_sealed_key(key: str, secret: bytes) -> Call[sealed_keys_pb2.SealedKeyInfo]:
+    request = sealed_keys_pb2.RotateSealedKeyRequest(key=key, secret=secret)
+    return Call("SealedKeys", "Rotate", request, lambda answer: answer)
+
+
+def remove_sealed_key(key: str, generation: int) -> Call[None]:
+    request = sealed_keys_pb2.RemoveSealedKeyRequest(key=key, generation=generation)
+    return Call("SealedKeys", "Remove", request, lambda _: None)
+
+
+def raise_epoch(minimum: int) -> Call[int]:
+    request = sealed_keys_pb2.RaiseEpochRequest(minimum=minimum)
+    return Call("SealedKeys", "RaiseEpoch", request, lambda answer: int(answer.epoch))

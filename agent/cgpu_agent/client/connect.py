@@ -18,6 +18,7 @@ from cgpu_agent.api.v1 import (
     gpus_pb2_grpc,
     keys_pb2_grpc,
     measured_boot_pb2_grpc,
+    sealed_keys_pb2_grpc,
 )
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, Exhausted, Misuse, Unavailable
 
@@ -37,6 +38,7 @@ STUBS: dict[str, Any] = {
     "Gpus": gpus_pb2_grpc.GpusStub,
     "Keys": keys_pb2_grpc.KeysStub,
     "Admin": admin_pb2_grpc.AdminStub,
+    "SealedKeys": sealed_keys_pb2_grpc.SealedKeysStub,
 }
 
 _KINDS: dict[grpc.StatusCode, type[AgentError]] = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import grpc
 
-from cgpu_agent.api.v1 import admin_pb2, gpus_pb2, keys_pb2
+from cgpu_agent.api.v1 import admin_pb2, gpus_pb2, keys_pb2, sealed_keys_pb2
 from cgpu_agent.client import calls
 from cgpu_agent.client.connect import CHANNEL_OPTIONS, STUBS, find_socket, translate
 
@@ -159,12 +159,52 @@ class Admin:
         self._channel = grpc.insecure_channel(f"unix:{self.socket}", options=CHANNEL_OPTIONS)
 
     def get_status(self) -> admin_pb2.GetStatusResponse:
-        """What the agent is doing. Raises ``AgentError``."""
-        call = calls.get_status()
+        """What the agent is doing. Raises ``AgentError``, as everything here."""
+        return self._run(calls.get_status())
+
+    def show_sealed_keys(self) -> sealed_keys_pb2.ShowSealedKeysResponse:
+        """The store of keys sealed to this VM's TPM."""
+        return self._run(calls.show_sealed_keys())
+
+    def create_sealed_keys(
+        self, authority: bytes, fleet: str, *, owner_auth: bytes = b"", replace_lost: bool = False
+    ) -> None:
+        """Make the store, without a key.
+
+        Args:
+            authority: DER SubjectPublicKeyInfo of the P-256 key that approves boots.
+            fleet: the name of the VMs whose approvals count here.
+            owner_auth: password of the TPM's owner hierarchy.
+            replace_lost: give up keys whose file is gone.
+        """
+        self._run(calls.create_sealed_keys(authority, fleet, owner_auth, replace_lost=replace_lost))
+
+    def adopt_sealed_keys(self, authority: bytes, *, owner_auth: bytes = b"") -> int:
+        """Take the file on disk for the right one; its generation."""
+        return self._run(calls.adopt_sealed_keys(authority, owner_auth))
+
+    def add_sealed_key(self, key: str, group: str, secret: bytes = b"") -> sealed_keys_pb2.SealedKeyInfo:
+        """Seal a new key: ``secret`` (1 to 128 bytes), or 32 random ones."""
+        return self._run(calls.add_sealed_key(key, group, secret))
+
+    def rotate_sealed_key(self, key: str, secret: bytes = b"") -> sealed_keys_pb2.SealedKeyInfo:
+        """Seal the next generation of a key."""
+        return self._run(calls.rotate_sealed_key(key, secret))
+
+    def remove_sealed_key(self, key: str, generation: int = 0) -> None:
+        """Remove one generation of a key; 0 = all."""
+        self._run(calls.remove_sealed_key(key, generation))
+
+    def raise_epoch(self, minimum: int) -> int:
+        """End the approvals of epochs before ``minimum``; the counter's value."""
+        return self._run(calls.raise_epoch(minimum))
+
+    def _run(self, call: calls.Call[R]) -> R:
         try:
-            return call.convert(STUBS["Admin"](self._channel).GetStatus(call.request, timeout=self._timeout))
+            answer = getattr(STUBS[call.service](self._channel), call.method)(call.request, timeout=self._timeout)
         except grpc.RpcError as error:
             raise translate(error, self.socket) from None
+        return call.convert(answer)
 
     def close(self) -> None:
         self._channel.close()

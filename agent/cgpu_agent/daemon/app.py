@@ -28,6 +28,7 @@ from cgpu_agent.backends.vmclock import vm_generation
 from cgpu_agent.daemon import config as configuration
 from cgpu_agent.daemon import logging as journal
 from cgpu_agent.daemon import status
+from cgpu_agent.daemon.approvals import load_approvals
 from cgpu_agent.daemon.brokerconfig import BROKER_TABLES
 from cgpu_agent.daemon.brokers import make_brokers
 from cgpu_agent.daemon.build import build_digest
@@ -47,8 +48,10 @@ from cgpu_agent.domain.policy import Key, Policy
 from cgpu_agent.domain.quota import InFlight
 from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.release import KeySpec, Release
+from cgpu_agent.domain.sealedkeys import SealedKeys
 from cgpu_agent.domain.store import Store
 from cgpu_agent.domain.timefloor import TimeFloor
+from cgpu_agent.domain.vault import Vault
 from cgpu_agent.errors import AgentError, Misuse
 from cgpu_agent.rpc.addresses import Listener, adopt_listener, bind_listener
 from cgpu_agent.rpc.admission import DoorLimits
@@ -127,6 +130,7 @@ class App:
         self._open_audit(Path(config.state_dir))
         self._judge = load_judge(config.gpu)
         self._core.gpus = self._gpu_sessions(config)
+        self._core.vault = self._vault(config)
         self._core.release = self._release(config)
         recorder = Auditor(self._core.audit)
         self._core.certify(self._ak_certificate())
@@ -155,7 +159,7 @@ class App:
             admin_authorizer(os.geteuid()),
             InFlight(16, 16),
             DoorLimits(max_connections=16, max_per_uid=8),
-            add_admin(self._status),
+            add_admin(self._core, self._status),
             recorder,
         )
         self._watchdog = Watchdog(
@@ -172,6 +176,16 @@ class App:
         store, seconds = PlatformStore(Path(config.platform.collateral)), float(config.tpm.request_seconds)
         return PlatformBelow(lambda: detect(self._tpm, store, ConfigFs(), timeout=seconds), timeout=seconds)
 
+    def _vault(self, config: Config) -> Vault | None:
+        """The sealed keys; ``None`` where no state is kept."""
+        try:
+            files = Store(Path(config.state_dir) / "keys")
+        except AgentError as error:
+            log.warning("no sealed keys", reason=error.slug)
+            return None
+        seconds = float(config.tpm.request_seconds)
+        return Vault(self._tpm, SealedKeys(files), load_approvals(config.sealed), self._core.clock, timeout=seconds)
+
     def _release(self, config: Config) -> Release:
         core = self._core
         keys = {
@@ -181,7 +195,7 @@ class App:
         limit = "too many keys were asked for; wait a little"
         return Release(
             keys,
-            make_brokers(config, self._tpm, core.logs, core.clock),
+            make_brokers(config, self._tpm, core.logs, core.clock, core.vault),
             lambda caller, action, key: self._policy.decide(caller, action, core.facts(), key),
             self._trust_epoch,
             core.audit,
@@ -327,6 +341,7 @@ class App:
         log.info("stopping")
         if self._core.gpus is not None:
             await self._core.gpus.stop()
+        await self._follow()  # which closes the latch
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
@@ -363,7 +378,13 @@ class App:
                 log.error("this VM was restored from a snapshot, or copied")
                 await self._audit("vm-restored")
             await self._audit_denials()
+            await self._follow()
             await self._show()
+
+    async def _follow(self) -> None:
+        """Have the latch of the sealed keys as the machine is."""
+        if self._core.vault is not None:
+            await self._core.vault.follow(self._core.trusted)
 
     async def _probe(self) -> None:
         while True:
@@ -378,6 +399,7 @@ class App:
         async for view in gpus.watch():
             if view.state != told:
                 told = view.state
+                await self._follow()
                 reason = view.reason
                 log.info("GPUs", state=told, line=view.line, reason=None if reason is None else reason.slug)
             for session in view.sessions:
@@ -404,10 +426,13 @@ class App:
             fresh = configuration.load(self._config_path)
             policy = await asyncio.to_thread(load_policy, fresh)
             judge = await asyncio.to_thread(load_judge, self._started_with.gpu)
+            approvals = await asyncio.to_thread(load_approvals, self._started_with.sealed)
         except Misuse as error:
             self._reload_problem = error.message
             log.error("configuration not reloaded", why=error.message)
         else:
+            if self._core.vault is not None:
+                self._core.vault.use(approvals)
             await self._apply(fresh, policy, judge)
         await self._show()
         self._notifier.ready()

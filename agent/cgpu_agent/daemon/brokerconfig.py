@@ -8,7 +8,7 @@ from typing import Literal
 from cgpu_agent.wire.egress import SOCKET
 
 Encoding = Literal["base64", "text"]
-BROKER_TABLES = ("egress", "openbao", "trustee", "azure")
+BROKER_TABLES = ("sealed", "egress", "openbao", "trustee", "azure")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,13 @@ class EgressConfig:
     """``socket``: where ``cgpu-egress`` listens, the only way from the agent to a broker."""
 
     socket: str = SOCKET
+
+
+@dataclass(frozen=True, slots=True)
+class SealedConfig:
+    """``approvals``: directory of the owner's approvals (``*.json``) of boots in which sealed keys may open."""
+
+    approvals: str = "/etc/cgpu-agent/approvals"
 
 
 @dataclass(frozen=True, slots=True)

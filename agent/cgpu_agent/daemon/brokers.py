@@ -22,10 +22,14 @@ from cgpu_agent.verifier.azurekeys import AzureJudge
 from cgpu_agent.wire.maarequest import GuestOs
 
 
-def make_brokers(config: Config, tpm: Tpm, logs: MeasurementLogs, clock: Clock) -> dict[str, KeyBroker]:
+def make_brokers(
+    config: Config, tpm: Tpm, logs: MeasurementLogs, clock: Clock, sealed: KeyBroker | None
+) -> dict[str, KeyBroker]:
     """The brokers, by kind. Raises ``Misuse`` (``BAD_CONFIG``)."""
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
     brokers: dict[str, KeyBroker] = {"credential": CredentialKeys(Path(credentials) if credentials else None)}
+    if sealed is not None:
+        brokers["sealed"] = sealed
     try:
         if config.openbao is not None:
             brokers["openbao"] = _openbao(config.openbao, config.egress.socket)

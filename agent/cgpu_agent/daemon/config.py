@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from cgpu_agent.backends.base import AkAlgorithm, BrokerKind
-from cgpu_agent.daemon.brokerconfig import AzureTable, EgressConfig, Encoding, OpenBaoTable, TrusteeTable
+from cgpu_agent.daemon.brokerconfig import (
+    AzureTable,
+    EgressConfig,
+    Encoding,
+    OpenBaoTable,
+    SealedConfig,
+    TrusteeTable,
+)
 from cgpu_agent.errors import Misuse
 from cgpu_agent.wire.keyids import KEY_ID
 from cgpu_agent.wire.ready import SOCKET
@@ -139,6 +146,7 @@ class Config:
     platform: PlatformConfig = field(default_factory=PlatformConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     limits: Limits = field(default_factory=Limits)
+    sealed: SealedConfig = field(default_factory=SealedConfig)
     egress: EgressConfig = field(default_factory=EgressConfig)
     openbao: OpenBaoTable | None = None
     trustee: TrusteeTable | None = None
@@ -198,6 +206,7 @@ _TABLES: dict[str, type[Any]] = {
     "platform": PlatformConfig,
     "gpu": GpuConfig,
     "limits": Limits,
+    "sealed": SealedConfig,
     "egress": EgressConfig,
     "openbao": OpenBaoTable,
     "trustee": TrusteeTable,
@@ -278,6 +287,7 @@ def _check(config: Config) -> None:
         "logs.systemd": config.logs.systemd,
         "platform.collateral": config.platform.collateral,
         "egress.socket": config.egress.socket,
+        "sealed.approvals": config.sealed.approvals,
         "tpm.ak_certificate": "/" if tpm.ak_certificate == "nv" else tpm.ak_certificate,
     }
     if config.policy != DEFAULT_POLICY:

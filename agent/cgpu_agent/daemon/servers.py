@@ -23,6 +23,8 @@ from cgpu_agent.api.v1 import (
     keys_pb2_grpc,
     measured_boot_pb2,
     measured_boot_pb2_grpc,
+    sealed_keys_pb2,
+    sealed_keys_pb2_grpc,
 )
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.core import Core
@@ -38,6 +40,7 @@ from cgpu_agent.rpc.identify import Identifier
 from cgpu_agent.rpc.interceptor import Gate, Recorder, current_caller
 from cgpu_agent.rpc.keys import KeysService
 from cgpu_agent.rpc.measured_boot import MeasuredBootService
+from cgpu_agent.rpc.sealed_keys import SealedKeysService
 
 MAX_REQUEST = 64 << 10
 MAX_RESPONSE = 32 << 20
@@ -171,11 +174,17 @@ def add_public(core: Core) -> Callable[[grpc.aio.Server], tuple[str, ...]]:
     return add
 
 
-def add_admin(status: Callable[[], admin_pb2.GetStatusResponse]) -> Callable[[grpc.aio.Server], tuple[str, ...]]:
+def add_admin(
+    core: Core, status: Callable[[], admin_pb2.GetStatusResponse]
+) -> Callable[[grpc.aio.Server], tuple[str, ...]]:
     """Services of the admin socket."""
 
     def add(server: grpc.aio.Server) -> tuple[str, ...]:
         admin_pb2_grpc.add_AdminServicer_to_server(AdminService(status), server)
-        return (admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,)
+        sealed_keys_pb2_grpc.add_SealedKeysServicer_to_server(SealedKeysService(core), server)
+        return (
+            admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,
+            sealed_keys_pb2.DESCRIPTOR.services_by_name["SealedKeys"].full_name,
+        )
 
     return add

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cgpu_agent.backends.base import AkAlgorithm, Clock, MeasurementLogs, Tpm
+from cgpu_agent.backends.base import AkAlgorithm, Clock, MeasurementLogs, Tpm, TpmCommands
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.boot import MeasuredBoot
@@ -20,6 +20,7 @@ from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.policy import Facts
 from cgpu_agent.domain.release import Release
 from cgpu_agent.domain.store import Store
+from cgpu_agent.domain.vault import Vault
 from cgpu_agent.errors import AgentError, DeviceFault, Unavailable
 
 State = Literal["starting", "serving", "degraded", "refusing", "stopping"]
@@ -73,6 +74,12 @@ REMEDIES: Mapping[str, str] = {
     "GPU_READY_FOREIGN": "leave setting the ready state to the agent (no unit may run nvidia-smi conf-compute -srs)",
     "NO_RIM": "put NVIDIA's reference values for this driver and firmware into gpu.collateral",
     "CLOCK_BEFORE_FLOOR": "set the clock of the host right",
+    "KEY_NOT_APPROVED": "install the owner's approval of this boot (cgpuctl key policy-sign), then reload the agent",
+    "KEY_APPROVAL_OLD": "install an approval of the present epoch (cgpuctl key show), then reload the agent",
+    "KEYS_MISMATCH": "bring back the store of this TPM; if this one is right: cgpuctl key adopt",
+    "KEY_LOST": "the TPM was cleared, or is another one: make the keys anew (cgpuctl key init --replace-lost)",
+    "KEY_INDEX_LOST": "find out who is in group tss, then cgpuctl key adopt",
+    "KEY_LATCH_STUCK": "find out who is in group tss, and reboot",
     "LOG_TOO_LARGE": "see what wrote so large a measurement log; no evidence is given out with a part of it",
 }
 
@@ -98,6 +105,7 @@ class Core:
     """``None`` where nothing looks at GPUs."""
     release: Release | None = None
     """``None`` where no keys are configured."""
+    vault: Vault | None = None
     vm_generation: Callable[[], int | None] = lambda: None
     _generation: int | None = _UNSEEN
     _boot: MeasuredBoot | None = None
@@ -158,21 +166,26 @@ class Core:
                 return
             settings = self.settings
             log = AgentLog(self.store, settings.register)
-            try:
-                keys = await self.tpm.run(
-                    lambda tpm: establish(
-                        tpm,
-                        self.store,
-                        log,
-                        boot_id=settings.boot_id,
-                        platform_ak_handle=settings.platform_ak_handle,
-                        create=settings.create_platform_ak,
-                    ),
-                    timeout=_ESTABLISH_SECONDS,
+
+            def first(tpm: TpmCommands) -> Keys:
+                if self.vault is not None:
+                    self.vault.begin(tpm, log)
+                return establish(
+                    tpm,
+                    self.store,
+                    log,
+                    boot_id=settings.boot_id,
+                    platform_ak_handle=settings.platform_ak_handle,
+                    create=settings.create_platform_ak,
                 )
+
+            try:
+                keys = await self.tpm.run(first, timeout=_ESTABLISH_SECONDS)
                 boot = MeasuredBoot(self.tpm, keys, log, self.logs, timeout=settings.request_seconds)
                 agent = self.settings.agent
                 await boot.measure_agent({"event": "agent-start", **agent})
+                if self.vault is not None:
+                    await self.vault.settle()
             except AgentError as error:
                 self._failure = error
                 self._tried.set()
@@ -236,6 +249,12 @@ class Core:
     def stop(self) -> None:
         self._stopping = True
 
+    def trusted(self) -> bool:
+        """Whether the TPM may open sealed keys: the boot stands, and every GPU that there is is ready."""
+        if self._stopping or self._boot is None or self._boot.refusal is not None:
+            return False
+        return self.gpus is None or self.gpus.view().state in ("ready", "none")
+
     def state(self) -> State:
         if self._stopping:
             return "stopping"
@@ -257,6 +276,8 @@ class Core:
             found.append(_problem(failure))
         if self.audit_problem is not None:
             found.append(_problem(self.audit_problem))
+        if self.vault is not None and self.vault.problem is not None:
+            found.append(_problem(self.vault.problem))
         if self._boot is None:
             return found
         try:
@@ -333,7 +354,9 @@ class Core:
         lacking = {"NO_BOOT_LOG": "no boot log", "LOG_TOO_LARGE": "boot log too large"}
         told = next((lacking[p.reason] for p in problems if p.reason in lacking), "boot log present")
         gpus = "" if self.gpus is None or self.gpus.view().state == "none" else f", {self.gpus.view().line}"
-        return f"Serving: TPM {keys.tpm.manufacturer or '?'}, {endorsed}, {told}{gpus}"
+        problem = None if self.vault is None else self.vault.problem
+        sealed = "" if problem is None else f", sealed keys: {problem.message}"
+        return f"Serving: TPM {keys.tpm.manufacturer or '?'}, {endorsed}, {told}{gpus}{sealed}"
 
 
 def _problem(error: AgentError) -> Problem:

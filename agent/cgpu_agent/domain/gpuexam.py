@@ -40,7 +40,8 @@ class GpuExaminer:
         nonce: makes 32 fresh bytes.
 
     Attributes:
-        present: whether kernel or driver saw a device at the last look.
+        present: whether kernel or driver saw a device at the last look; true before the first one, since a machine
+            without GPUs is one that was looked at.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class GpuExaminer:
         self._rules = rules
         self._nonce = nonce
         self._turns: dict[str, Turns] = {}
-        self.present = False
+        self.present = True
 
     async def inventory(self) -> tuple[GpuInfo, ...]:
         """All devices, where kernel and driver agree on them.

@@ -122,9 +122,8 @@ class GpuSessions:
     def view(self) -> GpuView:
         state = self.state
         ready = state.gate == "open"
-        kind: Literal["none", "ready", "not-ready"] = (
-            "ready" if ready else "not-ready" if self._examiner.present or state.inventory else "none"
-        )
+        there = self._examiner.present or bool(state.inventory) or self._rules.count > 0
+        kind: Literal["none", "ready", "not-ready"] = "ready" if ready else "not-ready" if there else "none"
         reason = None if ready else state.why if kind == "not-ready" else NO_GPUS
         return GpuView(self._gpus.kind, kind, reason, state.epoch, self._running is not None, state.sessions)
 

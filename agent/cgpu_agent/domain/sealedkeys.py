@@ -219,6 +219,11 @@ class SealedKeys:
         self._files.remove(_NEXT)
         return ring.generation
 
+    def owner(self, tpm: TpmCommands) -> tuple[str, bytes]:
+        """The fleet, and who approves boots (DER SubjectPublicKeyInfo)."""
+        ring = self._load(tpm)
+        return ring.fleet, ring.authority
+
     def list(self, tpm: TpmCommands) -> tuple[KeyInfo, ...]:
         """All generations of all keys."""
         return tuple(info for info, _ in self._load(tpm).keys)

@@ -40,7 +40,7 @@ def made(document: dict[str, Any], folder: Path) -> set[str]:
     owner = TpmOwner(lambda: UnixPerCommand(folder / "tpm"))
     try:
         logs = SystemLogs([folder / "none"], folder / "none")
-        return set(make_brokers(parse(document), owner, logs, MovableClock()))
+        return set(make_brokers(parse(document), owner, logs, MovableClock(), None))
     finally:
         owner.close()
 

@@ -349,15 +349,18 @@ def test_gpus_that_are_not_ready_are_a_problem_a_fact_and_part_of_the_line(machi
             async with machine.serving() as core, site(process) as here:
                 assert core.facts().gpus == "not-asked"
                 core.gpus = here.sessions
-                assert core.facts().gpus == "none"
+                assert core.facts().gpus == "not-ready"  # nobody has looked yet whether there are any
+                assert not core.trusted()
                 await here.tick()
                 assert core.facts().gpus == "ready"
+                assert core.trusted()
                 assert core.line().endswith(", 1 simulated GPU ready")
                 assert not [reason for reason in reasons(core) if reason.startswith("GPU")]
                 await here.bad("cc-off")
                 await here.tick()
                 await here.tick(12.0)
                 assert core.facts().gpus == "not-ready"
+                assert not core.trusted()
                 assert "GPU_CC_OFF" in reasons(core)
                 assert "GPUs not ready: confidential computing is not on" in core.line()
                 assert core.ready()  # boot evidence does not wait for GPUs
