@@ -21,18 +21,22 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
 from authority import certify
 from cgpu_agent.api.v1 import gpus_pb2
 from cgpu_agent.backends.tpm.owner import TpmOwner
 from cgpu_agent.backends.tpm.software import Swtpm
 from cgpu_agent.backends.tpm.transport import open_tpm
 from cgpu_agent.cedar.engine import Policies
-from cgpu_agent.cedar.files import appraisal_schema, default_appraisal
+from cgpu_agent.cedar.files import appraisal_schema, default_appraisal, default_policy
 from cgpu_agent.cli.verify import not_proven
-from cgpu_agent.client import Agent
+from cgpu_agent.client import Admin, Agent
 from cgpu_agent.domain.keys import AK_CERTIFICATE_INDEX
-from cgpu_agent.errors import AgentError
+from cgpu_agent.errors import AgentError, Denied
 from cgpu_agent.verifier.appraisal import appraise
+from cgpu_agent.verifier.approval import sign_approval
 from cgpu_agent.verifier.boot import boot_story
 from cgpu_agent.verifier.certificate import load_certificates
 from cgpu_agent.verifier.collateral import Collateral
@@ -41,6 +45,7 @@ from cgpu_agent.verifier.gpucase import GpuParty
 from cgpu_agent.verifier.gpuchain import PinnedRoots
 from cgpu_agent.verifier.gpufacts import gpu_claims
 from cgpu_agent.verifier.keys import load_attestation_key
+from cgpu_agent.verifier.replay import replay
 from cgpu_agent.wire import eventlog
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -49,7 +54,16 @@ RECORDING = ROOT / "tests" / "vectors" / "vm-boot" / "shim-grub-ms-secboot" / "b
 AUDIENCE = "https://relying-party.example"
 AK_HANDLE = 0x81000003
 READY_SECONDS = 60
+STEPS = 6
+KEY = "demo/model"
 GPU_MODULE = "cgpu_agent.backends.gpu.software"
+GRANT = f"""
+@id("demo-key")
+permit (principal is CGpu::Workload, action == CGpu::Action::"key.get", resource == CGpu::Key::"{KEY}")
+when {{ principal.uid == {os.geteuid()} && context.gpus == "ready" }};
+"""
+APPROVED = (0, 4, 7)
+"""PCRs of the boot that the owner approves: firmware, loader, Secure Boot."""
 PARTS = (("daemon", "cgpu_agent.daemon"), ("gpu", GPU_MODULE), ("swtpm", "swtpm"))
 """Processes of the demo, in the order of their end, and a word of their command lines."""
 
@@ -59,11 +73,11 @@ def step(number: int, title: str) -> Iterator[list[str]]:
     """Print what is being done, then how it ended and how long it took."""
     terminal = sys.stdout.isatty()
     if terminal:
-        print(f"[{number}/5] {title} ...", end="\r", flush=True)
+        print(f"[{number}/{STEPS}] {title} ...", end="\r", flush=True)
     begun = time.monotonic()
     results: list[str] = []
     yield results
-    print(f"[{number}/5] {title}: {'; '.join(results)} ({time.monotonic() - begun:.1f} s)", flush=True)
+    print(f"[{number}/{STEPS}] {title}: {'; '.join(results)} ({time.monotonic() - begun:.1f} s)", flush=True)
 
 
 def running(state: Path, name: str, marker: str) -> int | None:
@@ -128,11 +142,14 @@ def gpu_verdict(state: Path) -> str:
 def start_daemon(state: Path) -> str:
     """Start cgpu-agent as systemd would, wait until it says that it is ready, return its status line."""
     (state / "private").mkdir(mode=0o700)
+    (state / "policy.cedar").write_text(default_policy() + GRANT)
     config = state / "config.toml"
     config.write_text(
-        f'runtime_dir = "{state}/private"\nstate_dir = "{state}/state"\n'
+        f'runtime_dir = "{state}/private"\nstate_dir = "{state}/state"\npolicy = "{state}/policy.cedar"\n'
         f'[sockets]\napi = "{state}/agent.sock"\nadmin = "{state}/admin.sock"\n'
         f'[tpm]\ndevice = "swtpm:{state}/t/sock"\n'
+        f'[sealed]\napprovals = "{state}/approvals"\n'
+        f'[[key]]\nid = "{KEY}"\nbroker = "sealed"\npath = "model"\n'
         f'[logs]\nboot = "{RECORDING}"\n'
         f'[gpu]\nbackend = "software:{state}/g"\nallow_simulated = true\ncollateral = "{state}/gpu"\n'
         f'device_roots = ["{state}/gpu/device-root.pem"]\nrim_roots = ["{state}/gpu/rim-root.pem"]\n'
@@ -160,6 +177,40 @@ def start_daemon(state: Path) -> str:
                     if line == "READY=1":
                         return status
     sys.exit(f"\nthe daemon did not become ready; its journal:\n{(state / 'journal').read_text()}")
+
+
+def be_the_owner(state: Path) -> None:
+    """Approve, off the VM, the boot that was recorded: keys sealed to this TPM may open in it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    (state / "owner.pub").write_bytes(key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
+    values = replay(eventlog.parse(RECORDING.read_bytes(), kind="tpm"), "sha256").pcrs
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    approval = sign_approval(
+        pem, fleet="demo", groups=["models"], pcrs={index: values[index] for index in APPROVED}, epoch=1
+    )
+    (state / "approvals").mkdir()
+    (state / "approvals" / "boot.json").write_bytes(approval.encode())
+
+
+def release_a_key(state: Path) -> str:
+    """As operator seal a key, as workload get it; what nobody may have is refused."""
+    admin = Admin(str(state / "admin.sock"), timeout=READY_SECONDS)
+    try:
+        if not (state / "state" / "keys" / "keys").exists():
+            admin.create_sealed_keys((state / "owner.pub").read_bytes(), "demo")
+            admin.add_sealed_key("model", "models")
+        deadline = time.monotonic() + READY_SECONDS
+        while not admin.show_sealed_keys().open and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        admin.close()
+    with Agent(str(state / "agent.sock")) as agent:
+        key = agent.get_key(KEY)
+        try:
+            agent.get_key(KEY, plain=True)
+        except Denied as error:
+            return f"{len(key.secret)} bytes, wrapped to the workload's own key; in plain: {error.slug}"
+    sys.exit("a key left in plain, which no policy permits: this is a bug")
 
 
 def be_a_workload(state: Path) -> tuple[bytes, bytes, float]:
@@ -253,12 +304,13 @@ def start() -> None:
         with step(2, "What a cloud does before the VM starts") as results:
             provision(tpm, state)
             results.append("platform AK made and certified by a throw-away CA")
+        be_the_owner(state)
         with step(3, "A software GPU, and the daemon") as results:
             start_gpus(state)
             start_daemon(state)
             results.append(gpu_verdict(state))
     else:
-        print("[1-3/5] already running from before")
+        print(f"[1-3/{STEPS}] already running from before")
     with step(4, "A workload asks for evidence") as results:
         nonce, bundle, seconds = be_a_workload(state)
         (state / "bundle.json").write_bytes(bundle)
@@ -270,11 +322,14 @@ def start() -> None:
         passed = sum(found.outcome.value == "pass" for found in result.steps)
         results.append(f"ACCEPTED, {passed} of {len(result.steps)} steps passed")
         results.append(f"a tampered copy is {tamper(state, nonce, bundle)}")
+    with step(6, "A key that this TPM opens in this boot alone, while the GPU is trusted") as results:
+        results.append(release_a_key(state))
     account(result)
     print("\nTry it yourself")
     sockets = f"CGPU_AGENT_SOCKET={state}/agent.sock CGPU_AGENT_ADMIN_SOCKET={state}/admin.sock"
     print(f"  export {sockets} GPU={state}/gpu PATH=$PWD/.venv/bin:$PATH")
     print("  cgpuctl status; cgpuctl boot show; cgpuctl gpu list; cgpuctl doctor")
+    print("  cgpuctl key list; cgpuctl key show")
     print("  cgpuctl evidence get -o bundle.json --nonce 00112233445566778899aabbccddeeff")
     print("  cgpuctl verify bundle.json --nonce 00112233445566778899aabbccddeeff --explain --html verdict.html \\")
     print(f"    --simulated-ak-root {state}/ak-root.pem")
