@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
@@ -180,6 +180,45 @@ def test_an_old_disk_is_refused_until_the_operator_adopts_it(vm: Vm) -> None:
     vm.ctl("adopt", "--authority", str(vm.authority))
     wait_open(vm)
     assert vm.get() == SECRET
+
+
+def test_the_operator_is_told_what_is_wrong(vm: Vm) -> None:
+    vm.daemon.start()
+    admin = vm.daemon.admin()
+    wrong: list[tuple[str, Callable[[], object]]] = [
+        ("NO_KEYS", admin.show_sealed_keys),
+        ("NO_KEYS", lambda: admin.add_sealed_key("a", "g")),
+        ("BAD_KEY", lambda: admin.create_sealed_keys(b"no key", FLEET)),
+        ("KEY_NAME", lambda: admin.create_sealed_keys(vm.owner.spki, "../x")),
+        ("KEY_NOT_APPROVED", lambda: admin.create_sealed_keys(vm.owner.spki, FLEET)),
+    ]
+    for slug, call in wrong:
+        assert slug_of(call) == slug
+    vm.approve()
+    vm.daemon.reload()
+    admin.create_sealed_keys(vm.owner.spki, FLEET, replace_lost=True)
+    admin.add_sealed_key("a", GROUP)
+    wrong = [
+        ("KEYS_EXIST", lambda: admin.create_sealed_keys(vm.owner.spki, FLEET)),
+        ("KEYS_MISMATCH", lambda: admin.adopt_sealed_keys(Owner().spki)),
+        ("KEY_EXISTS", lambda: admin.add_sealed_key("a", GROUP)),
+        ("KEY_NAME", lambda: admin.add_sealed_key("A/b", GROUP)),
+        ("KEY_NAME", lambda: admin.add_sealed_key("b", "latch")),
+        ("KEY_UNKNOWN", lambda: admin.rotate_sealed_key("b")),
+        ("KEY_UNKNOWN", lambda: admin.remove_sealed_key("a", 99)),
+        ("TPM_ARGUMENT", lambda: admin.add_sealed_key("b", GROUP, b"x" * 129)),
+        ("EPOCH_TOO_FAR", lambda: admin.raise_epoch(1 << 40)),
+    ]
+    for slug, call in wrong:
+        assert slug_of(call) == slug
+    assert [key.key for key in admin.show_sealed_keys().keys] == ["a"]
+    admin.close()
+
+
+def slug_of(call: Callable[[], object]) -> str:
+    with pytest.raises(AgentError) as caught:
+        call()
+    return caught.value.slug
 
 
 @pytest.fixture

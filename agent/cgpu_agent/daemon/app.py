@@ -341,7 +341,8 @@ class App:
         log.info("stopping")
         if self._core.gpus is not None:
             await self._core.gpus.stop()
-        await self._follow()  # which closes the latch
+        with contextlib.suppress(asyncio.TimeoutError):  # which closes the latch; the next start does it for sure
+            await asyncio.wait_for(self._follow(), _DRAIN_SECONDS)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)

@@ -9,7 +9,8 @@ from cgpu_agent.api.v1 import sealed_keys_pb2, sealed_keys_pb2_grpc
 from cgpu_agent.domain.core import Core
 from cgpu_agent.domain.sealedkeys import KeyInfo
 from cgpu_agent.domain.vault import Vault
-from cgpu_agent.errors import Unavailable
+from cgpu_agent.errors import HostileInput, Misuse, Unavailable
+from cgpu_agent.wire.tpmpolicy import authority_public
 
 pb = sealed_keys_pb2
 
@@ -37,6 +38,7 @@ class SealedKeysService(sealed_keys_pb2_grpc.SealedKeysServicer):
         return await vault.look(found)
 
     async def Create(self, request: pb.CreateSealedKeysRequest, context: Any) -> pb.CreateSealedKeysResponse:
+        _require_authority(request.authority)
         await self._vault().change(
             lambda keys, tpm, approvals: keys.create(
                 tpm,
@@ -52,6 +54,7 @@ class SealedKeysService(sealed_keys_pb2_grpc.SealedKeysServicer):
         return pb.CreateSealedKeysResponse()
 
     async def Adopt(self, request: pb.AdoptSealedKeysRequest, context: Any) -> pb.AdoptSealedKeysResponse:
+        _require_authority(request.authority)
         generation = await self._vault().change(
             lambda keys, tpm, approvals: keys.adopt(
                 tpm, authority=request.authority, approvals=approvals, owner_auth=request.owner_auth
@@ -105,6 +108,13 @@ class SealedKeysService(sealed_keys_pb2_grpc.SealedKeysServicer):
     async def _record(self, change: str, **what: str | int) -> None:
         assert self._core.audit is not None  # noqa: S101 - ``_vault`` has looked
         await self._core.audit.record("sealed-keys", {"change": change, **what})
+
+
+def _require_authority(spki: bytes) -> None:
+    try:
+        authority_public(spki)
+    except HostileInput as error:
+        raise Misuse(error.slug, error.message) from None
 
 
 def _told(info: KeyInfo) -> pb.SealedKeyInfo:
