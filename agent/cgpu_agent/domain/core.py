@@ -185,7 +185,7 @@ class Core:
                 agent = self.settings.agent
                 await boot.measure_agent({"event": "agent-start", **agent})
                 if self.vault is not None:
-                    await self.vault.settle()
+                    self.vault.recorded()
             except AgentError as error:
                 self._failure = error
                 self._tried.set()

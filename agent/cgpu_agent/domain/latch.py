@@ -34,7 +34,7 @@ class Latch:
         self._owes_record = True  # a start that closed it and crashed did not extend
 
     def close(self, tpm: TpmCommands, approvals: Sequence[Approval]) -> None:
-        """Close it: the first TPM command of a start, and of a revocation. ``settle`` must follow."""
+        """Close it: the first TPM command of a start, and of a revocation. ``settle`` or ``recorded`` must follow."""
         self._owes_record = True
         self._keys.close_latch(tpm, approvals)
 
@@ -43,6 +43,10 @@ class Latch:
         if self._owes_record:
             self._log.measure(tpm, "agent", CLOSED_RECORD)
             self._owes_record = False
+
+    def recorded(self) -> None:
+        """Any record of the agent log came after the closing: it ended those sessions just as well."""
+        self._owes_record = False
 
     def revoke(self, tpm: TpmCommands, approvals: Sequence[Approval]) -> None:
         """Close it and put that on record."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
 from cgpu_agent.backends.base import Attester, BrokerKind, Clock, ReleasedKey, Tpm, TpmCommands
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.latch import Latch
 from cgpu_agent.domain.sealedkeys import SealedKeys
-from cgpu_agent.errors import AgentError, Misuse, Unavailable
+from cgpu_agent.errors import AgentError, DeviceFault, Misuse, Unavailable
 from cgpu_agent.wire.approval import Approval
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class Vault:
         self._clock: Final = clock
         self._timeout: Final = timeout
         self._latch: Latch | None = None
-        self._open = False
+        self._state: Literal["closed", "open", "unknown"] = "closed"
         self._not_before = 0.0
         self._one: Final = asyncio.Lock()
         self.problem: AgentError | None = None
@@ -53,19 +53,20 @@ class Vault:
         return len(self._approvals)
 
     def begin(self, tpm: TpmCommands, log: AgentLog) -> None:
-        """Close the latch: the first command of every start, inside its TPM job. ``settle`` must follow."""
+        """Close the latch: the first command of every start, inside its TPM job. ``recorded`` must follow."""
         self._latch = Latch(self._keys, log)
-        self._open = False
+        self._state = "unknown"
         try:
             self._latch.close(tpm, self._approvals)
         except AgentError as error:
             self.problem = error
-            self._open = True  # it may be: ``follow`` closes it as soon as it can
+        else:
+            self._state = "closed"
 
-    async def settle(self) -> None:
-        """Put the closing on record; the agent log is open by now. Raises ``AgentError``."""
+    def recorded(self) -> None:
+        """The start is on record by now, which extended the agent register after the latch was closed."""
         if self._latch is not None:
-            await self._run(self._latch.settle, idempotent=False)
+            self._latch.recorded()
 
     def use(self, approvals: Sequence[Approval]) -> None:
         """Take other approvals from now on."""
@@ -79,33 +80,37 @@ class Vault:
         What stands in the way is a ``problem`` to show. A latch that cannot be closed stays one until it is.
         """
         async with self._one:
-            if self._latch is None or trusted() == self._open:
+            if self._latch is None:
                 return
-            if self._open:
-                await self._close(self._latch)
-            elif self._clock.monotonic() >= self._not_before:
-                await self._open_while(self._latch, trusted)
+            if not trusted():
+                if self._state != "closed":
+                    await self._close(self._latch)
+            elif self._state != "open" and self._clock.monotonic() >= self._not_before:
+                await self._open(self._latch)
+                if not trusted() and self._state != "closed":
+                    await self._close(self._latch)
 
     async def _close(self, latch: Latch) -> None:
+        self._state = "unknown"
         try:
             await self._run(lambda tpm: latch.revoke(tpm, self._approvals), idempotent=False)
         except AgentError as error:
             self.problem = error
         else:
-            self._open, self.problem = False, None
+            self._state, self.problem = "closed", None
 
-    async def _open_while(self, latch: Latch, trusted: Callable[[], bool]) -> None:
+    async def _open(self, latch: Latch) -> None:
         self._not_before = self._clock.monotonic() + _AGAIN
+        before, self._state = self._state, "unknown"
         try:
-            self._open = True  # also where the answer is lost
             await self._run(lambda tpm: latch.open(tpm, self._approvals))
+        except DeviceFault as error:  # the answer may be lost
+            self.problem = error
         except AgentError as error:
-            self._open = error.slug.startswith("TPM_")
+            self._state = before
             self.problem = None if error.slug == "NO_KEYS" else error
         else:
-            self.problem = None
-        if self._open and not trusted():
-            await self._close(latch)
+            self._state, self.problem = "open", None
 
     async def release(self, path: str, attester: Attester, *, timeout: float) -> ReleasedKey:  # noqa: ARG002
         """As ``KeyBroker.release``: the newest generation of a key. It is shown nothing: the TPM itself decides.
@@ -121,7 +126,7 @@ class Vault:
             raise Unavailable("KEY_ABSENT", error.message) from None
         except Unavailable as error:
             if error.slug == "KEY_LATCH_CLOSED":  # whoever closed it: ``follow`` opens it where that is right
-                self._open, self._not_before = False, 0.0
+                self._state, self._not_before = "closed", 0.0
             raise
         return ReleasedKey(secret, info.generation)
 
@@ -141,7 +146,7 @@ class Vault:
             self._not_before = 0.0
             done = await self._run(lambda tpm: work(self._keys, tpm, self._approvals), idempotent=False)
             if new_latch:
-                self._open = False
+                self._state = "closed"
             return done
 
     async def _run(self, job: Callable[[TpmCommands], T], *, idempotent: bool = True) -> T:

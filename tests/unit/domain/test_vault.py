@@ -155,7 +155,7 @@ def test_before_the_start_is_on_record_nothing_opens(machine: Machine, tmp_path:
             await another.follow(yes)
             assert not await here.is_open()
             assert another.problem is not None
-            await another.settle()
+            another.recorded()
             here.clock.pass_by(10.0)
             await another.follow(yes)
             assert await here.is_open()
