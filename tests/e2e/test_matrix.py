@@ -26,7 +26,7 @@ from cgpu_agent.rpc.environment import self_check_environment
 from cgpu_agent.rpc.identify import Identifier
 from cgpu_agent.rpc.methods import ACTIONS, BY_KEY, public_authorizer
 from cgpu_agent.wire.audit import EMPTY, AuditRecord, follow
-from fixtures.caller import ROWS, caller
+from fixtures.caller import GONE, ROWS, caller
 from fixtures.cgroups import cgroup, within
 from fixtures.daemon import PATIENCE, Daemon, booted_daemon
 from fixtures.policies import granting, permit
@@ -79,7 +79,6 @@ BEHIND: Final = {
     "attest": {"GPU_ATTEST_LIMIT", "DEADLINE"},
 }
 """How a call may fail whose door did open: this machine has no such thing, or the request is nonsense."""
-GONE: Final = {"CALLER_GONE", "CONNECTION_LOST", "NO_AGENT", "NO_SOCKET"}
 
 CALLERS: Final = {
     "allowed": "allowed",
@@ -267,7 +266,7 @@ def world() -> Iterator[World]:
 def expected(name: str, row: str, state: str) -> set[str]:
     who, states = DOORS[row]
     if CALLERS[name] == "nobody":
-        return GONE
+        return set(GONE)
     if who in (EVERYBODY, CALLERS[name]) and state in states:
         return {"OK", *BEHIND.get(row, ())}
     return {"NOT_ALLOWED"}
