@@ -225,6 +225,15 @@ def test_a_log_that_is_broken_already_is_not_followed(agent: Agent, tmp_path: Pa
     assert (refused.code, "[AUDIT_BROKEN]" in refused.err) == (REFUSED, True)
 
 
+@pytest.mark.parametrize("verb", ["show", "follow"])
+def test_a_time_that_no_calendar_knows_is_refused(tmp_path: Path, capsys: Any, verb: str) -> None:
+    path = tmp_path / "audit.jsonl"
+    path.write_bytes(AuditRecord(0, bytes(32), 253_402_300_800, BOOT, "call", {}).line())
+    assert Ctl(tmp_path, capsys)("audit", verb, str(path)).code == REFUSED
+    path.write_bytes(AuditRecord(0, bytes(32), 253_402_300_799, BOOT, "call", {}).line())
+    assert "9999-12-31 23:59:59Z" in Ctl(tmp_path, capsys)("audit", "show", str(path)).out
+
+
 def test_where_there_is_no_log(tmp_path: Path, capsys: Any) -> None:
     refused = Ctl(tmp_path, capsys)("audit", "follow", str(tmp_path / "audit.jsonl"))
     assert (refused.code, "[NO_FILE]" in refused.err) == (USAGE, True)
