@@ -139,12 +139,11 @@ class Places:
 def places() -> Iterator[Places]:
     with ExitStack() as stack:
         try:
-            unit, other = stack.enter_context(cgroup()), stack.enter_context(cgroup())
-            boxes = {scope: stack.enter_context(cgroup(scope)) / scope for scope in (BOX, OTHER_BOX)}
+            unit, other = (stack.enter_context(cgroup(scope)) for scope in (BOX, OTHER_BOX))
         except pytest.skip.Exception as reason:
             yield Places(None, {"unit": ()}, f"{reason.msg}: see the direct test")
         else:
-            folders = {"unit": unit, "other": other, **boxes}
+            folders = {"unit": unit, "other": other, BOX: unit / BOX, OTHER_BOX: other / OTHER_BOX}
             yield Places(unit.name, {name: within(folder) for name, folder in folders.items()})
 
 
