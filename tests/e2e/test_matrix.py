@@ -282,10 +282,10 @@ def test_the_expected_doors_open_and_no_other(world: World, name: str, state: st
     assert outcomes.keys() == DOORS.keys()
 
 
-def test_as_many_releases_are_on_record_as_keys_were_had(world: World) -> None:
+def test_no_key_was_had_without_a_record(world: World) -> None:
     had = [row for callers in world.found.values() for each in callers.values() for row in each if each[row] == "OK"]
     keys = [row for row in had if row in ROWS["/cgpu.agent.v1.Keys/Get"]]
-    assert len(world.releases) == len(keys) > 0
+    assert len(world.releases) >= len(keys) > 0  # more where a GPU was doubted between record and delivery
     assert {record.data["caller"]["uid"] for record in world.releases} == {UID}
 
 
