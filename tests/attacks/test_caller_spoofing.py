@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import subprocess
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from cgpu_agent.errors import Denied
-from cgpu_agent.rpc.environment import self_check_environment
+from fixtures.cgroups import cgroup, within
 from frontdoor_kit import Kit, call, entries, needs_root, until, with_kit
 
 pytestmark = needs_root
@@ -181,41 +177,6 @@ def test_nobody_is_refused(ids: dict[str, int]) -> None:
         assert kit.front.stats().unidentified == 1
 
     with_kit(scenario)
-
-
-@contextmanager
-def cgroup(*below: str) -> Iterator[Path]:
-    """A real cgroup named like a service, with those directories below it."""
-    mount = self_check_environment().cgroup_mount
-    if mount is None:
-        pytest.skip("no cgroup2 hierarchy")
-    group = Path(mount) / f"door-{secrets.token_hex(4)}.service"
-    made = [group.joinpath(*below[:depth]) for depth in range(len(below) + 1)]
-    try:
-        for folder in made:
-            folder.mkdir()
-    except OSError:
-        pytest.skip("cgroups cannot be made here")
-    try:
-        yield group
-    finally:
-        for folder in reversed(made):
-            remove_when_empty(folder)
-
-
-def remove_when_empty(folder: Path) -> None:
-    """A cgroup is busy until the last of its processes is reaped."""
-    for _ in range(1000):
-        with suppress(OSError):
-            folder.rmdir()
-            return
-        time.sleep(0.01)
-    pytest.fail("a cgroup is still in use")
-
-
-def within(folder: Path) -> tuple[str, ...]:
-    """A command that starts another one in a cgroup."""
-    return ("sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "sh")
 
 
 def test_a_caller_has_the_unit_of_its_cgroup() -> None:

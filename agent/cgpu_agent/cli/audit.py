@@ -30,12 +30,12 @@ def run(arguments: argparse.Namespace) -> int:
             {
                 "result": "pass",
                 "head": {"sequence": head.sequence, "digest": head.digest.hex()},
-                "records": [_json(record) for _, record in records],
+                "records": [as_json(record) for _, record in records],
             }
         )
     elif arguments.verb == "show":
         for _, record in records:
-            output.say(output.printable(_line(record)))
+            output.say(output.printable(as_line(record)))
     else:
         since = f", grown only since {len(arguments.since)} bundles" if arguments.since else ""
         output.say(f"{output.coloured('whole', 'ok')}: {len(records)} records{since}; head {head.digest.hex()}")
@@ -76,7 +76,8 @@ def _require_anchor(records: list[tuple[AuditHead, AuditRecord]], data: bytes, n
             raise HostileInput("AUDIT_FORKED", f"{name}: record {wanted.sequence} is another than was quoted")
 
 
-def _json(record: AuditRecord) -> dict[str, object]:
+def as_json(record: AuditRecord) -> dict[str, object]:
+    """A record for programs."""
     return {
         "boot_id": record.boot_id,
         "data": dict(record.data),
@@ -86,7 +87,8 @@ def _json(record: AuditRecord) -> dict[str, object]:
     }
 
 
-def _line(record: AuditRecord) -> str:
+def as_line(record: AuditRecord) -> str:
+    """A record for people; it may hold what a terminal must not be sent."""
     when = datetime.fromtimestamp(record.time, timezone.utc).strftime("%Y-%m-%d %H:%M:%SZ")
     data = dict(record.data)
     caller = data.pop("caller", None)

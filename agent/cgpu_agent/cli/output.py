@@ -41,9 +41,12 @@ def say(text: str = "") -> None:
     print(text)
 
 
-def emit_json(value: object) -> None:
-    """One JSON document on stdout, in ASCII and without control characters (JSON itself lets DEL pass)."""
-    print(json.dumps(value, indent=2, sort_keys=True).replace("\x7f", "\\u007f"))
+def emit_json(value: object, *, indent: int | None = 2) -> None:
+    """One JSON document on stdout, in ASCII and without control characters (JSON itself lets DEL pass).
+
+    Without ``indent`` it is one line.
+    """
+    print(json.dumps(value, indent=indent, sort_keys=True).replace("\x7f", "\\u007f"))
 
 
 def pairs(rows: Iterable[tuple[str, str]], indent: str = "  ") -> None:

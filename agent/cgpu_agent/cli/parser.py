@@ -636,6 +636,22 @@ def _audit(commands: _Commands[argparse.ArgumentParser]) -> None:
     )
     _json(verify)
     verify.set_defaults(module="audit")
+    follow = verbs.add_parser(
+        "follow",
+        help="print records as they come",
+        description="Print the last records of the audit log and then each one as it comes, checked against the one "
+        "before, until interrupted or until one does not follow.",
+    )
+    follow.add_argument(
+        "log",
+        type=Path,
+        nargs="?",
+        default=Path("/var/lib/cgpu-agent/audit.jsonl"),
+        metavar="FILE",
+        help="the file that grows (default: %(default)s)",
+    )
+    _json(follow)
+    follow.set_defaults(module="auditfollow")
 
 
 def _object(commands: _Commands[argparse.ArgumentParser]) -> None:

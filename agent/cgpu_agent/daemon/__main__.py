@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import sys
 import traceback
 from pathlib import Path
@@ -18,6 +19,8 @@ from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.errors import AgentError, Misuse
 
 DEFAULT_CONFIG = Path("/etc/cgpu-agent/config.toml")
+
+_PR_SET_DUMPABLE = 4
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2  # the unit does not restart on this: the same file would fail again
@@ -56,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             load_policy(config)
             sys.stdout.write(f"{path or 'built-in defaults'}: good\n")
             return 0
+        _close_memory()
         return asyncio.run(_serve(config, path, notifier))
     except Misuse as error:
         log.error("bad configuration", why=error.message)
@@ -70,6 +74,15 @@ def main(argv: list[str] | None = None) -> int:
         log.critical("failed", error=type(error).__name__, frames=frames)
         notifier.status(f"Failed: {type(error).__name__}, see the journal")
         return EXIT_FAILED
+
+
+def _close_memory() -> None:
+    """Let this process's memory be nobody's but root's: no core, and no debugger of the same uid.
+
+    ``LimitCORE=0`` alone would not do: a handler that ``core_pattern`` names gets the core whatever that limit is.
+    """
+    if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError("the kernel does not let this process be closed to others")
 
 
 async def _serve(config: configuration.Config, path: Path | None, notifier: Notifier) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import grpc
@@ -39,7 +40,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: AgentError) 
     status.details.append(_packed("ErrorInfo", errors_pb2.ErrorInfo(reason=error.slug, domain=DOMAIN)))
     if error.retry_after is not None:
         retry = errors_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(int(error.retry_after * 1000))
+        retry.retry_delay.FromMilliseconds(math.ceil(error.retry_after * 1000))  # whoever waits so long is not early
         status.details.append(_packed("RetryInfo", retry))
     await context.abort(code, error.message, (("grpc-status-details-bin", status.SerializeToString()),))
     raise AssertionError("abort returned")  # pragma: no cover - grpc raises

@@ -17,6 +17,8 @@ from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.strictjson import Fields
 
 MAX_RECORD: Final = 8192
+_MAX_TIME: Final = 253_402_300_799
+"""The end of the year 9999: readers' calendars go no further."""
 GENESIS: Final = bytes(32)
 """What the first record names as its predecessor."""
 
@@ -79,7 +81,7 @@ def parse_record(line: bytes) -> AuditRecord:
     record = AuditRecord(
         fields.integer("sequence", 0, 1 << 53),
         fields.hex("previous", 32, 32),
-        fields.integer("time", 0, 1 << 40),
+        fields.integer("time", 0, _MAX_TIME),
         fields.text("boot_id", 36),
         fields.text("event", 64),
         data,

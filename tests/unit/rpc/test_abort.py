@@ -70,6 +70,12 @@ def test_details_are_google_rpcs() -> None:
     assert errors_pb2.RetryInfo.FromString(retry.value).retry_delay.ToMilliseconds() == 1500
 
 
+def test_nobody_is_told_to_come_back_too_early() -> None:
+    assert (
+        translate(asyncio.run(served(Unavailable("NOT_READY", "words", retry_after=0.0123))), "").retry_after == 0.013
+    )
+
+
 def test_only_unavailable_invites_to_retry() -> None:
     for error, code, _ in TABLE:
         if code is Code.UNAVAILABLE:
