@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from cgpu_agent.backends.tpm.software import Swtpm
 from fixtures.daemon import Daemon, booted_daemon
 from fixtures.machine import Machine, replay_boot
 from fixtures.swtpm import running_swtpm
+
+# How long an example takes says how busy the machine is, and nothing about what is tested.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent
 

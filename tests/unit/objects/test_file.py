@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cgpu_agent.errors import HostileInput, Misuse
@@ -45,7 +45,6 @@ def read(file: SealedFile, offset: int, size: int) -> bytes:
     return bytes(out)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=400), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 400)), max_size=5))
 def test_every_range_is_that_of_the_plaintext(plain: bytes, ranges: list[tuple[int, int]]) -> None:
     fd = Memory().holds(seal(plain))

@@ -6,7 +6,7 @@ import io
 import tracemalloc
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cgpu_agent.errors import HostileInput, Misuse
@@ -17,7 +17,6 @@ from fixtures.sealed import KEY, NAME, SMALL, seal, unseal
 PIECES = st.integers(1, 300) | st.none()
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=600), st.integers(57, 200), PIECES, PIECES)
 def test_what_was_sealed_opens(plain: bytes, segment_size: int, writes: int | None, reads: int | None) -> None:
     sealed = seal(plain, segment_size=segment_size, pieces=writes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cgpu_agent.errors import HostileInput, Misuse
@@ -18,7 +18,6 @@ class TestObjectName:
         expected = b"cgpu/object/1\0\0\5kek-1\0\6models\0\x08\0\0\0\0\0\0\1\2"
         assert ObjectName("kek-1", "models", 258).associated_data() == expected
 
-    @settings(deadline=None)
     @given(*[st.tuples(st.text("ab/", min_size=1), st.text("ab/", min_size=1), st.integers(1, 3))] * 2)
     def test_two_names_never_look_the_same(self, one: tuple[str, str, int], other: tuple[str, str, int]) -> None:
         same = ObjectName(*one).associated_data() == ObjectName(*other).associated_data()
@@ -91,7 +90,6 @@ class TestLayout:
         layout = Layout(MIB, plain)
         assert (layout.segments, layout.sealed_size) == (segments, sealed)
 
-    @settings(deadline=None)
     @given(SIZES, st.integers(0, 5000))
     def test_segments_cover_object_and_plaintext_without_a_gap(self, segment_size: int, plain: int) -> None:
         layout = Layout(segment_size, plain)
@@ -107,14 +105,12 @@ class TestLayout:
         assert segments[-1].size <= segment_size
         assert (offset, plain_offset) == (layout.sealed_size, plain)
 
-    @settings(deadline=None)
     @given(SIZES, st.integers(1, 5000), st.data())
     def test_finds_the_segment_of_a_byte(self, segment_size: int, plain: int, data: st.DataObject) -> None:
         at = data.draw(st.integers(0, plain - 1))
         segment = Layout(segment_size, plain).segment_of(at)
         assert segment.plain_offset <= at < segment.plain_offset + segment.plain_size
 
-    @settings(deadline=None)
     @given(SIZES, st.integers(0, 5000))
     def test_a_size_is_read_back_or_refused(self, segment_size: int, size: int) -> None:
         if size < HEADER_SIZE + TAG_SIZE or (size > segment_size and 0 < size % segment_size <= TAG_SIZE):
