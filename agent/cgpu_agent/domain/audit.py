@@ -10,6 +10,7 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ class AuditLog:
         self._boot_id = boot_id
         self._clock = clock
         Store(folder)  # refuses a directory that others may enter
-        self._lock = asyncio.Lock()
+        # One thread writes, in the order of the calls: a caller who is gone leaves its write running, and the next
+        # record must not be chained beside it.
+        self._writer = ThreadPoolExecutor(1, "audit")
         self._denials: Counter[tuple[int, str, str]] = Counter()
         self._denials_since = clock.monotonic()
         try:
@@ -86,14 +89,12 @@ class AuditLog:
         return await self._record([(event, dict(data))])
 
     async def _record(self, entries: list[tuple[str, dict[str, Any]]]) -> int:
-        async with self._lock:
-            try:
-                await asyncio.get_running_loop().run_in_executor(None, self._append, entries)
-            except OSError as error:
-                raise Unavailable("AUDIT_UNAVAILABLE", "the audit log cannot be written", retry_after=5.0) from error
-            return self.head.sequence
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._writer, self._append, entries)
+        except OSError as error:
+            raise Unavailable("AUDIT_UNAVAILABLE", "the audit log cannot be written", retry_after=5.0) from error
 
-    def _append(self, entries: list[tuple[str, dict[str, Any]]]) -> None:
+    def _append(self, entries: list[tuple[str, dict[str, Any]]]) -> int:
         lines, head, now = b"", self.head, int(self._clock.time())
         for event, data in entries:
             record = AuditRecord(head.sequence + 1, head.digest, now, self._boot_id, event, data)
@@ -114,6 +115,7 @@ class AuditLog:
         finally:
             os.close(descriptor)
         self.head = head
+        return head.sequence
 
     def _rotate(self) -> None:
         if not self._path.exists() or self._path.stat().st_size < MAX_FILE:

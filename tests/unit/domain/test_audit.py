@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,33 @@ def test_what_needs_its_record_does_not_happen_without_it(
     assert caught.value.slug == "AUDIT_UNAVAILABLE"
     asyncio.run(log.record("call", {"n": 2}))
     assert records(folder)[1] == log.head == AuditHead(1, log.head.digest)
+
+
+def test_a_caller_who_is_gone_while_its_record_is_written_breaks_no_chain(
+    folder: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, fsync = opened(folder, clock), os.fsync
+    writing, go_on = threading.Event(), threading.Event()
+
+    def slow(descriptor: int) -> None:
+        writing.set()
+        assert go_on.wait(60)
+        fsync(descriptor)
+
+    async def scenario() -> list[int]:
+        gone = asyncio.create_task(log.record("call", {"n": 0}))
+        await asyncio.to_thread(writing.wait, 60)
+        gone.cancel()
+        await asyncio.wait([gone])
+        assert gone.cancelled()
+        others = [asyncio.create_task(log.record("call", {"n": number})) for number in (1, 2)]
+        await asyncio.sleep(0.1)  # time enough for a second writer to start beside the first
+        go_on.set()
+        return await asyncio.gather(*others)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    assert asyncio.run(scenario()) == [1, 2]
+    assert records(folder)[1] == log.head == opened(folder, clock).head
 
 
 def test_refusals_become_one_record_per_caller_method_and_minute(folder: Path, clock: ManualClock) -> None:
