@@ -16,7 +16,7 @@ from typing import Any
 
 from cgpu_agent.backends.base import Clock
 from cgpu_agent.domain.caller import Caller
-from cgpu_agent.domain.store import Store
+from cgpu_agent.domain.store import Store, sync_folder
 from cgpu_agent.errors import HostileInput, Unavailable
 from cgpu_agent.wire.audit import EMPTY, MAX_RECORD, AuditHead, AuditRecord, digest_of, follow, parse_record
 
@@ -69,8 +69,11 @@ class AuditLog:
                 os.fsync(file.fileno())
         if not whole:
             return self._kept_head()
-        first = parse_record(whole.split(b"\n", 1)[0])
-        _, head = follow(whole, AuditHead(first.sequence - 1, first.previous))
+        start = self._kept_head()
+        if start == EMPTY:  # no earlier files, or they were archived
+            first = parse_record(whole.split(b"\n", 1)[0])
+            start = AuditHead(first.sequence - 1, first.previous)
+        _, head = follow(whole, start)
         return head
 
     def _kept_head(self) -> AuditHead:
@@ -109,6 +112,8 @@ class AuditLog:
                 if os.write(descriptor, lines) != len(lines):
                     raise OSError("short write")
                 os.fsync(descriptor)
+                if size == 0:
+                    sync_folder(self._folder)  # or a power cut takes a new file, name and all
             except OSError:
                 os.ftruncate(descriptor, size)  # all of it or nothing
                 raise

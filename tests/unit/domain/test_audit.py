@@ -115,6 +115,23 @@ def test_full_files_are_kept_and_the_chain_goes_on(
     assert opened(folder, clock).head.sequence < log.head.sequence
 
 
+def test_the_name_of_every_new_file_is_on_disk_before_its_first_record_counts(
+    folder: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, synced, fsync = opened(folder, clock), list[str](), os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(audit_module, "MAX_FILE", 400)
+    while not list(folder.glob("audit.[0-9]*.jsonl")):
+        asyncio.run(log.record("call", {}))
+    assert synced[:2] == synced[-2:] == ["audit.jsonl", "state"]
+    assert synced.count("state") == 2
+
+
 def test_what_needs_its_record_does_not_happen_without_it(
     folder: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
