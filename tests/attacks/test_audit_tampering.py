@@ -17,6 +17,7 @@ from cgpu_agent.backends.keys.credential import CredentialKeys
 from cgpu_agent.cli.main import main
 from cgpu_agent.domain import audit as audit_module
 from cgpu_agent.domain.audit import AuditLog
+from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import Decision, Key
 from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.release import KeySpec, Release
@@ -84,13 +85,20 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         clock,
     )
 
+    async def one(caller: Caller) -> None:
+        outcomes = []
+
+        async def begin(decision: Decision) -> None:
+            outcomes.append(await Auditor(audit).begins(caller, "/cgpu.agent.v1.Keys/Get", decision))
+
+        await release.get(caller, "llama", None, begin)
+        (ended,) = outcomes
+        assert ended is not None
+        await ended("OK")
+
     async def work() -> None:
         for number in range(RELEASES):
-            caller = dataclasses.replace(WORKLOAD, pid=4000 + number)
-            ended = await Auditor(audit).begins(caller, "/cgpu.agent.v1.Keys/Get", ALLOWED)
-            assert ended is not None
-            await release.get(caller, "llama", None)
-            await ended("OK")
+            await one(dataclasses.replace(WORKLOAD, pid=4000 + number))
 
     asyncio.run(work())
     files = [*sorted(state.glob("audit.[0-9]*.jsonl")), state / "audit.jsonl"]
