@@ -100,9 +100,11 @@ class AuditLog:
     def _append(self, entries: list[tuple[str, dict[str, Any]]]) -> int:
         lines, head, now = b"", self.head, int(self._clock.time())
         for event, data in entries:
-            record = AuditRecord(head.sequence + 1, head.digest, now, self._boot_id, event, data)
-            lines += record.line()
-            head = AuditHead(record.sequence, digest_of(record.line()))
+            line = AuditRecord(head.sequence + 1, head.digest, now, self._boot_id, event, data).line()
+            if len(line) > MAX_RECORD:  # or nobody could read the log any more, this agent's next start included
+                raise Unavailable("AUDIT_UNAVAILABLE", "the record of this call is longer than the audit log takes")
+            lines += line
+            head = AuditHead(head.sequence + 1, digest_of(line))
         self._rotate()
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(self._path, flags, 0o600)
@@ -131,11 +133,12 @@ class AuditLog:
 
     def denied(self, caller: Caller | None, method: str, reason: str) -> None:
         """Count a refusal; ``flush_denials`` writes the counts."""
-        key = (-1 if caller is None else caller.uid, method, reason)
-        if key in self._denials or len(self._denials) < _MAX_DENIALS:
-            self._denials[key] += 1
-        else:
-            self._denials[-1, "", "OTHER"] += 1
+        self._count((-1 if caller is None else caller.uid, method, reason), 1)
+
+    def _count(self, key: tuple[int, str, str], count: int) -> None:
+        if key not in self._denials and len(self._denials) >= _MAX_DENIALS:
+            key = (-1, "", "OTHER")
+        self._denials[key] += count
 
     async def flush_denials(self, *, now: bool = False) -> bool:
         """Write what was refused in the last minute, a record per caller, method and reason; false if nothing was."""
@@ -144,10 +147,15 @@ class AuditLog:
             return False
         self._denials_since = moment
         counted, self._denials = self._denials, Counter()
-        await self._record(
-            [
-                ("denied", {"count": count, "method": method, "reason": reason, "uid": uid})
-                for (uid, method, reason), count in counted.items()
-            ]
-        )
+        try:
+            await self._record(
+                [
+                    ("denied", {"count": count, "method": method, "reason": reason, "uid": uid})
+                    for (uid, method, reason), count in counted.items()
+                ]
+            )
+        except Unavailable:
+            for key, count in counted.items():
+                self._count(key, count)
+            raise
         return True

@@ -14,7 +14,7 @@ from cgpu_agent.domain import audit as audit_module
 from cgpu_agent.domain.audit import DENIAL_SECONDS, AuditLog
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.errors import HostileInput, Unavailable
-from cgpu_agent.wire.audit import EMPTY, AuditHead, follow
+from cgpu_agent.wire.audit import EMPTY, MAX_RECORD, AuditHead, follow
 
 BOOT = "00000000-0000-0000-0000-000000000001"
 CALLER = Caller(1000, 1000, (), 7, None, None, "/", None, "pidfd")
@@ -188,6 +188,34 @@ def test_refusals_become_one_record_per_caller_method_and_minute(folder: Path, c
     asyncio.run(log.flush_denials())
     found, _ = follow((folder / "audit.jsonl").read_bytes(), EMPTY)
     assert [(r.data["uid"], r.data["count"]) for r in found] == [(1000, 5000), (-1, 1)]
+
+
+def test_refusals_that_cannot_be_written_are_counted_on(
+    folder: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = opened(folder, clock)
+    log.denied(CALLER, "/x/GetRawQuote", "NOT_ALLOWED")
+    (folder / "audit.jsonl").mkdir()  # nothing can be appended to that
+    with pytest.raises(Unavailable):
+        asyncio.run(log.flush_denials(now=True))
+    (folder / "audit.jsonl").rmdir()
+    log.denied(CALLER, "/x/GetRawQuote", "NOT_ALLOWED")
+    assert asyncio.run(log.flush_denials(now=True))
+    found, _ = follow((folder / "audit.jsonl").read_bytes(), EMPTY)
+    assert [record.data["count"] for record in found] == [2]
+
+
+def test_a_record_that_nobody_could_read_is_not_written(folder: Path, clock: ManualClock) -> None:
+    log = opened(folder, clock)
+    for length, fits in ((MAX_RECORD, False), (MAX_RECORD - 300, True), (2 * MAX_RECORD, False)):
+        if fits:
+            asyncio.run(log.record("call", {"policies": "x" * length}))
+            continue
+        with pytest.raises(Unavailable) as caught:
+            asyncio.run(log.record("call", {"policies": "x" * length}))
+        assert caught.value.slug == "AUDIT_UNAVAILABLE"
+    assert opened(folder, clock).head == log.head == records(folder)[1]
+    assert log.head.sequence == 0
 
 
 def test_made_up_names_cannot_grow_the_counts_without_bound(folder: Path, clock: ManualClock) -> None:
