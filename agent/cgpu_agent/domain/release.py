@@ -157,12 +157,12 @@ class Release:
 
     def _permitted(self, caller: Caller, action: Action, name: str) -> tuple[KeySpec, Decision]:
         spec = self._keys.get(name)
-        if spec is None:  # as for a key that this caller may not have: nobody learns which there are
-            raise Denied("NOT_ALLOWED", "not allowed: no policy allows this")
-        decision = self._decide(caller, action, spec.key)
-        if not decision.allowed:
-            raise Denied("NOT_ALLOWED", f"not allowed: {decision.reason}")
-        return spec, decision
+        if spec is not None:
+            decision = self._decide(caller, action, spec.key)
+            if decision.allowed:
+                return spec, decision
+        # In the same words, whatever policy says: nobody learns which keys there are.
+        raise Denied("NOT_ALLOWED", "not allowed: no policy allows this")
 
     def _still_permitted(self, caller: Caller, action: Action, name: str, epoch: Hashable) -> Decision:
         if self._epoch() != epoch:

@@ -165,8 +165,10 @@ def test_a_key_that_is_not_there_is_refused_like_one_that_is_not_allowed(vault: 
     unknown = vault.refusal("models/none", recipient=Receiver().recipient)
     forbidden = vault.refusal("models/llama", STRANGER, Receiver().recipient)
     unserved = vault.refusal("models/far", recipient=Receiver().recipient)
+    vault.policy = Policy.load(f'{RULES}@id("never") forbid(principal, action, resource is CGpu::Key);', "test")
+    never = vault.refusal("models/llama", recipient=Receiver().recipient)
     assert isinstance(unknown, Denied)
-    assert {(each.slug, each.message) for each in (unknown, forbidden, unserved)} == {
+    assert {(each.slug, each.message) for each in (unknown, forbidden, unserved, never)} == {
         ("NOT_ALLOWED", "not allowed: no policy allows this")
     }
     assert vault.broker.asked == 0
