@@ -117,14 +117,10 @@ class OpenBao:
         reserve = min(REVOKE_SECONDS, timeout / 4)
         task = asyncio.create_task(self._release(path, attester, time.monotonic() + timeout - reserve, reserve))
         self._running.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._running.discard)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # whoever asked may be gone
         # Whoever stops waiting for the key leaves no client token behind.
         return await asyncio.shield(task)
-
-    def _ended(self, task: asyncio.Task[ReleasedKey]) -> None:
-        self._running.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever asked may be gone; asyncio would write it to the journal, each time
 
     def close(self) -> None:
         """See ``KeyBroker``."""
