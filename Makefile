@@ -1,12 +1,13 @@
 # "make help" lists every target; the two that matter are "make demo" and "make test".
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench campaign install uninstall dist clean
+.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench campaign kills install uninstall dist clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 PREFIX ?= /usr
 DESTDIR ?=
 MUTANTS ?= 100000
+KILLS ?= 500
 SOURCES := agent tests packaging
 
 help: ## list the targets
@@ -56,6 +57,9 @@ bench: dev ## measure; ratios on the terminal, numbers in build/bench.json
 campaign: dev ## 100,000 mutants of evidence bundles, none may be accepted (MUTANTS=n), and every flipped byte of GPU reports
 	cd tests && ../$(BIN)/python -m fuzz.campaign --mutants $(MUTANTS)
 	HYPOTHESIS_PROFILE=campaign $(BIN)/python -m pytest tests/fuzz
+
+kills: dev ## 500 times kill -9 under load: the agent, its TPM, the machine, OpenBao; no key may be lost (KILLS=n, SEED=n)
+	cd tests && ../$(BIN)/python -m fixtures.kills --rounds $(KILLS) $(if $(SEED),--seed $(SEED))
 
 install: ## install units, configuration, policy and man pages (DESTDIR, PREFIX); the package itself by pip
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system/cgpu-agent.service.d $(DESTDIR)$(PREFIX)/lib/systemd/system/dev-tpmrm0.device.d

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from brokers import openbao
+from brokers import openbao, releases
 from domain import group_commit
 from gpus import gpus
 from lanes import gpus_in_bundles
@@ -111,6 +111,8 @@ def measure(world: World, home: Path, effort: Effort, say: Callable[[str], None]
         print(f"GPUs: {lacking}", file=sys.stderr)
     say("sealed objects")
     found["sealed objects"] = objects(rounds=effort.rounds // 2, seconds=effort.offline_seconds)
+    say("key releases")
+    found["key releases"] = releases(world, home / "k", rounds=effort.rounds // 2, calls=effort.door_calls // 2)
     say("key brokers")
     found["key brokers"], lacking = openbao(home / "b", rounds=effort.rounds // 2, seconds=effort.evidence_seconds)
     if lacking:

@@ -1,18 +1,102 @@
-"""What a release by a key broker costs: all of it, beside the bare read of the same key."""
+"""What a release of a key costs: through the whole daemon, and by a broker in the world."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Final
 
-from online import in_turns
-from ratios import Pair, per_second
+from online import World, in_turns
+from ratios import Pair, per_second, seconds_each
+from world import HEALTH, Daemon, RawTpm, swtpm_with_boot
 
+from cgpu_agent.api.v1 import keys_pb2
 from cgpu_agent.backends.keys.openbao import OpenBao
+from cgpu_agent.cedar.files import default_policy
+from cgpu_agent.client.unwrap import Receiver
+from cgpu_agent.daemon.app import SystemClock
+from cgpu_agent.domain.audit import AuditLog
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+from fixtures.bundles import caller
 from fixtures.openbao import ENTRY, PATH, PROGRAM, SECRET, DirectHttp, Vm, running_broker
+
+GET_KEY: Final = "/cgpu.agent.v1.Keys/Get"
+KEYS: Final = {"credential": '[[key]]\nid = "credential"\nbroker = "credential"\npath = "bench.key"\n'}
+"""By broker, the table of a key that a VM can release without the world; its id is the broker's name.
+
+A broker that keeps its keys in this VM's TPM has its place here.
+"""
+GRANTS: Final = "".join(
+    f'@id("{action}") permit(principal, action == CGpu::Action::"{action}", resource) '
+    f"when {{ principal.uid == {os.geteuid()} }};\n"
+    for action in ("key.get", "key.get_plain")
+)
+
+
+def releases(world: World, folder: Path, *, rounds: int, calls: int) -> list[Pair]:
+    """Keys through a whole daemon, beside its cheapest RPC, and beside one record of the three that a release writes.
+
+    The record is written by the agent's own code, alone, on the same file system: no release is faster than three.
+    """
+    folder.mkdir(mode=0o700)
+    (folder / "c").mkdir(mode=0o700)
+    (folder / "c" / "bench.key").write_bytes(bytes(32))
+    (folder / "policy.cedar").write_text(default_policy() + GRANTS)
+    with ExitStack() as stack:
+        tpm = swtpm_with_boot(folder / "t")
+        stack.callback(tpm.kill)
+        RawTpm(tpm.data_socket).provision("ecc")
+        daemon = Daemon(
+            folder,
+            tpm.data_socket,
+            head=f'policy = "{folder}/policy.cedar"\n',
+            limits="keys_per_minute = 1000000000\n",
+            keys="".join(KEYS.values()),
+            CREDENTIALS_DIRECTORY=str(folder / "c"),
+        )
+        stack.callback(daemon.stop)
+        daemon.start()
+        log = AuditLog(folder / "floor", "00000000-0000-0000-0000-000000000001", SystemClock())
+        return [pair for broker in KEYS for pair in _releases_of(world, daemon, log, broker, rounds, calls)]
+
+
+def _releases_of(world: World, daemon: Daemon, log: AuditLog, broker: str, rounds: int, calls: int) -> list[Pair]:
+    plain = keys_pb2.GetKeyRequest(key=broker).SerializeToString()
+    wrapped = keys_pb2.GetKeyRequest(key=broker, recipient=Receiver().recipient).SerializeToString()
+    record = {"broker": broker, "caller": caller(), "expires": 1, "generation": 0, "key": broker}
+
+    def append() -> dict[str, float]:
+        each = seconds_each(lambda: log._append([("key", record)]), calls)
+        return {"p50": each, "rate": 1 / each}
+
+    pairs = []
+    for callers in (1, 16):
+        ask = partial(world.ask, daemon.api, callers=callers, calls=max(calls // callers, 4))
+        found = in_turns(
+            rounds,
+            {
+                "plain": partial(ask, GET_KEY, plain),
+                "wrapped": partial(ask, GET_KEY, wrapped),
+                "rpc": partial(ask, HEALTH, b""),
+                "record": append,
+            },
+        )
+        title = f"{callers} caller{'s' if callers > 1 else ''}"
+        against = {"rpc": f"grpc.health, {title}", "record": "one audit record, fsynced, alone"}
+        told = [("rate", "rpc"), ("rate", "record")]
+        if callers == 1:
+            told = [("p50", "rpc"), ("p99", "rpc"), ("p50", "record")]
+        for way in ("wrapped", "plain"):
+            for what, theirs in told:
+                ours, other = ([each[what] for each in found[name]] for name in (way, theirs))
+                unit = "/s" if what == "rate" else "s"
+                pairs.append(Pair.of(f"key by {broker}, {way}, {title}, {what}", against[theirs], unit, ours, other))
+    return pairs
 
 
 def openbao(folder: Path, *, rounds: int, seconds: float) -> tuple[list[Pair], str]:

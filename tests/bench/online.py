@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ratios import Pair, per_second, seconds_each
 from world import AK_HANDLE, HEALTH, Daemon, Helper, RawTpm, quote_and_read, swtpm_with_boot
@@ -17,6 +18,8 @@ from cgpu_agent.api.v1 import evidence_pb2, measured_boot_pb2
 from cgpu_agent.backends.base import AkAlgorithm
 from cgpu_agent.backends.tpm.software import Swtpm
 from cgpu_agent.client import Agent
+
+T = TypeVar("T")
 
 NONCE = bytes(range(32))
 AUDIENCE = "bench"
@@ -48,12 +51,13 @@ class World:
     door_address: str
 
     def p50(self, address: str, method: str, request: bytes, callers: int, calls: int) -> float:
-        return self._ask(address, method, request, callers, calls)["p50"]
+        return self.ask(address, method, request, callers, calls)["p50"]
 
     def rate(self, address: str, method: str, request: bytes, callers: int, calls: int) -> float:
-        return self._ask(address, method, request, callers, calls)["rate"]
+        return self.ask(address, method, request, callers, calls)["rate"]
 
-    def _ask(self, address: str, method: str, request: bytes, callers: int, calls: int) -> dict[str, float]:
+    def ask(self, address: str, method: str, request: bytes, callers: int, calls: int) -> dict[str, float]:
+        """``p50`` and ``p99`` in seconds, ``rate`` a second."""
         task = {"address": address, "method": method, "request": request.hex(), "callers": callers, "calls": calls}
         return self.caller.ask(task)
 
@@ -97,10 +101,10 @@ def _machine(stack: contextlib.ExitStack, home: Path, algorithm: AkAlgorithm, qu
     return Machine(socket_path, daemon, program)
 
 
-def in_turns(rounds: int, measures: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+def in_turns(rounds: int, measures: dict[str, Callable[[], T]]) -> dict[str, list[T]]:
     """Run every measure once a round, each round beginning with another one; the first round warms up."""
     names = list(measures)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[T]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:

@@ -76,21 +76,28 @@ def quote_and_read(commands: TpmCommands) -> tuple[Signed, dict[int, bytes]]:
 
 
 class Daemon:
-    """``python -m cgpu_agent.daemon``, told by its own readiness message that it serves."""
+    """``python -m cgpu_agent.daemon``, told by its own readiness message that it serves.
 
-    def __init__(self, folder: Path, tpm_socket: Path) -> None:
+    Args:
+        head, limits, keys: TOML of the configuration: what stands before the tables, what in ``[limits]``, and keys.
+    """
+
+    def __init__(
+        self, folder: Path, tpm_socket: Path, *, head: str = "", limits: str = "", keys: str = "", **environment: str
+    ) -> None:
         self.api = str(folder / "agent.sock")
         self._notify = folder / "notify"
         self._config = folder / "config.toml"
         self._journal = folder / "journal"
         (folder / "private").mkdir(mode=0o700)
         self._config.write_text(
-            f'log_level = "warning"\nruntime_dir = "{folder}/private"\nstate_dir = "{folder}/state"\n'
+            f'{head}log_level = "warning"\nruntime_dir = "{folder}/private"\nstate_dir = "{folder}/state"\n'
             f'[sockets]\napi = "{self.api}"\nadmin = "{folder}/admin.sock"\n'
             f'[tpm]\ndevice = "swtpm:{tpm_socket}"\ncreate_platform_ak = "no"\n'
             f'[logs]\nboot = "{BOOT_LOG}"\nsystemd = "{folder}/no-systemd-log"\n'
-            "[limits]\nconnections_per_uid = 1024\n"
+            f"[limits]\nconnections_per_uid = 1024\n{limits}{keys}"
         )
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -109,7 +116,7 @@ class Daemon:
                 [sys.executable, "-m", "cgpu_agent.daemon", "--config", str(self._config)],
                 stdin=subprocess.DEVNULL,
                 stderr=journal,
-                env={**os.environ, "NOTIFY_SOCKET": str(self._notify)},
+                env={**os.environ, "NOTIFY_SOCKET": str(self._notify), **self._environment},
             )
             while b"READY=1" not in notify.recv(4096).splitlines():
                 if self._process.poll() is not None:

@@ -166,6 +166,21 @@ def test_whoever_waits_as_long_as_told_is_served(daemon: Daemon) -> None:
     assert daemon.stop() == 0
 
 
+def test_refusals_are_counted_and_not_written_one_by_one(daemon: Daemon) -> None:
+    configure(daemon, WRAPPED)
+    daemon.start()
+    before = (daemon.folder / "state" / "audit.jsonl").read_bytes()
+    with daemon.client() as agent:
+        for name in ("plain", "nothing"):
+            for _ in range(20):
+                with pytest.raises(Denied):
+                    agent.get_key(name)
+    assert (daemon.folder / "state" / "audit.jsonl").read_bytes() == before
+    assert daemon.stop() == 0
+    (counted,) = (each.data for each in records(daemon) if each.event == "denied")
+    assert (counted["count"], counted["reason"], counted["method"]) == (40, "NOT_ALLOWED", "/cgpu.agent.v1.Keys/Get")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
 def test_another_uid_gets_nothing(daemon: Daemon) -> None:
     configure(daemon, PLAIN)

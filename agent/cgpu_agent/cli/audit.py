@@ -38,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
             output.say(output.printable(as_line(record)))
     else:
         since = f", grown only since {len(arguments.since)} bundles" if arguments.since else ""
-        output.say(f"{output.coloured('whole', 'ok')}: {len(records)} records{since}; head {head.digest.hex()}")
+        first = records[0][1].sequence if records else 0
+        part = f" from record {first} on" if first else ""
+        output.say(f"{output.coloured('whole', 'ok')}: {len(records)} records{part}{since}; head {head.digest.hex()}")
     return output.EXIT_PASS
 
 

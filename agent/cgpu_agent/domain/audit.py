@@ -10,12 +10,13 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from cgpu_agent.backends.base import Clock
 from cgpu_agent.domain.caller import Caller
-from cgpu_agent.domain.store import Store
+from cgpu_agent.domain.store import Store, sync_folder
 from cgpu_agent.errors import HostileInput, Unavailable
 from cgpu_agent.wire.audit import EMPTY, MAX_RECORD, AuditHead, AuditRecord, digest_of, follow, parse_record
 
@@ -44,7 +45,9 @@ class AuditLog:
         self._boot_id = boot_id
         self._clock = clock
         Store(folder)  # refuses a directory that others may enter
-        self._lock = asyncio.Lock()
+        # One thread writes, in the order of the calls: a caller who is gone leaves its write running, and the next
+        # record must not be chained beside it.
+        self._writer = ThreadPoolExecutor(1, "audit")
         self._denials: Counter[tuple[int, str, str]] = Counter()
         self._denials_since = clock.monotonic()
         try:
@@ -66,8 +69,11 @@ class AuditLog:
                 os.fsync(file.fileno())
         if not whole:
             return self._kept_head()
-        first = parse_record(whole.split(b"\n", 1)[0])
-        _, head = follow(whole, AuditHead(first.sequence - 1, first.previous))
+        start = self._kept_head()
+        if start == EMPTY:  # no earlier files, or they were archived
+            first = parse_record(whole.split(b"\n", 1)[0])
+            start = AuditHead(first.sequence - 1, first.previous)
+        _, head = follow(whole, start)
         return head
 
     def _kept_head(self) -> AuditHead:
@@ -86,19 +92,19 @@ class AuditLog:
         return await self._record([(event, dict(data))])
 
     async def _record(self, entries: list[tuple[str, dict[str, Any]]]) -> int:
-        async with self._lock:
-            try:
-                await asyncio.get_running_loop().run_in_executor(None, self._append, entries)
-            except OSError as error:
-                raise Unavailable("AUDIT_UNAVAILABLE", "the audit log cannot be written", retry_after=5.0) from error
-            return self.head.sequence
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._writer, self._append, entries)
+        except OSError as error:
+            raise Unavailable("AUDIT_UNAVAILABLE", "the audit log cannot be written", retry_after=5.0) from error
 
-    def _append(self, entries: list[tuple[str, dict[str, Any]]]) -> None:
+    def _append(self, entries: list[tuple[str, dict[str, Any]]]) -> int:
         lines, head, now = b"", self.head, int(self._clock.time())
         for event, data in entries:
-            record = AuditRecord(head.sequence + 1, head.digest, now, self._boot_id, event, data)
-            lines += record.line()
-            head = AuditHead(record.sequence, digest_of(record.line()))
+            line = AuditRecord(head.sequence + 1, head.digest, now, self._boot_id, event, data).line()
+            if len(line) > MAX_RECORD:  # or nobody could read the log any more, this agent's next start included
+                raise Unavailable("AUDIT_UNAVAILABLE", "the record of this call is longer than the audit log takes")
+            lines += line
+            head = AuditHead(head.sequence + 1, digest_of(line))
         self._rotate()
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(self._path, flags, 0o600)
@@ -108,12 +114,15 @@ class AuditLog:
                 if os.write(descriptor, lines) != len(lines):
                     raise OSError("short write")
                 os.fsync(descriptor)
+                if size == 0:
+                    sync_folder(self._folder)  # or a power cut takes a new file, name and all
             except OSError:
                 os.ftruncate(descriptor, size)  # all of it or nothing
                 raise
         finally:
             os.close(descriptor)
         self.head = head
+        return head.sequence
 
     def _rotate(self) -> None:
         if not self._path.exists() or self._path.stat().st_size < MAX_FILE:
@@ -124,11 +133,12 @@ class AuditLog:
 
     def denied(self, caller: Caller | None, method: str, reason: str) -> None:
         """Count a refusal; ``flush_denials`` writes the counts."""
-        key = (-1 if caller is None else caller.uid, method, reason)
-        if key in self._denials or len(self._denials) < _MAX_DENIALS:
-            self._denials[key] += 1
-        else:
-            self._denials[-1, "", "OTHER"] += 1
+        self._count((-1 if caller is None else caller.uid, method, reason), 1)
+
+    def _count(self, key: tuple[int, str, str], count: int) -> None:
+        if key not in self._denials and len(self._denials) >= _MAX_DENIALS:
+            key = (-1, "", "OTHER")
+        self._denials[key] += count
 
     async def flush_denials(self, *, now: bool = False) -> bool:
         """Write what was refused in the last minute, a record per caller, method and reason; false if nothing was."""
@@ -137,10 +147,15 @@ class AuditLog:
             return False
         self._denials_since = moment
         counted, self._denials = self._denials, Counter()
-        await self._record(
-            [
-                ("denied", {"count": count, "method": method, "reason": reason, "uid": uid})
-                for (uid, method, reason), count in counted.items()
-            ]
-        )
+        try:
+            await self._record(
+                [
+                    ("denied", {"count": count, "method": method, "reason": reason, "uid": uid})
+                    for (uid, method, reason), count in counted.items()
+                ]
+            )
+        except Unavailable:
+            for key, count in counted.items():
+                self._count(key, count)
+            raise
         return True

@@ -1,4 +1,4 @@
-"""Releases keys: policy, broker, policy again, a record, and only then the key.
+"""Releases keys: policy, a record, broker, policy again, another record, and only then the key.
 
 A broker takes seconds. What was decided before it answered is decided anew after, in one step with the delivery: a
 GPU that was lost meanwhile, a policy that was reloaded, ends the release.
@@ -7,7 +7,7 @@ GPU that was lost meanwhile, a policy that was reloaded, ends the release.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -96,8 +96,14 @@ class Release:
                 found.append((spec.key, ways[0], ways[1]))
         return found
 
-    async def get(self, caller: Caller, name: str, recipient: bytes | None) -> Delivery:
+    async def get(
+        self, caller: Caller, name: str, recipient: bytes | None, begin: Callable[[Decision], Awaitable[None]]
+    ) -> Delivery:
         """A key for this caller, wrapped to ``recipient`` (DER SubjectPublicKeyInfo) or in plain.
+
+        Args:
+            begin: puts the call on record; only called once it is permitted, so that nobody fills the log by being
+                refused.
 
         Raises:
             Denied: ``NOT_ALLOWED``, also where there is no such key; ``KEY_REFUSED``: the broker refused.
@@ -109,10 +115,11 @@ class Release:
         self._rate.take(caller.uid)
         target = None if recipient is None else load_recipient(recipient)
         action = Action.KEY_PLAIN if target is None else Action.KEY_GET
-        spec = self._permitted(caller, action, name)
+        spec, decision = self._permitted(caller, action, name)
         epoch = self._epoch()
         if self._audit is None:
             raise Unavailable("AUDIT_UNAVAILABLE", "no audit log is kept, and a release needs its record")
+        await begin(decision)
         digest = None if recipient is None else hashlib.sha256(recipient).digest()
         release = KeyRelease(spec.key.broker, spec.key.id, digest)
         attester = CoreAttester(self._machine, caller, release)
@@ -149,20 +156,19 @@ class Release:
             return Delivery(context, released.secret, wrapped=False)
         return Delivery(context, wrap(released.secret, target, context), wrapped=True)
 
-    def _permitted(self, caller: Caller, action: Action, name: str) -> KeySpec:
+    def _permitted(self, caller: Caller, action: Action, name: str) -> tuple[KeySpec, Decision]:
         spec = self._keys.get(name)
-        if spec is None:  # as for a key that this caller may not have: nobody learns which there are
-            raise Denied("NOT_ALLOWED", "not allowed: no policy allows this")
-        decision = self._decide(caller, action, spec.key)
-        if not decision.allowed:
-            raise Denied("NOT_ALLOWED", f"not allowed: {decision.reason}")
-        return spec
+        if spec is not None:
+            decision = self._decide(caller, action, spec.key)
+            if decision.allowed:
+                return spec, decision
+        # In the same words, whatever policy says: nobody learns which keys there are.
+        raise Denied("NOT_ALLOWED", "not allowed: no policy allows this")
 
     def _still_permitted(self, caller: Caller, action: Action, name: str, epoch: Hashable) -> Decision:
         if self._epoch() != epoch:
             raise Unavailable("TRUST_CHANGED", "what the release rests on has changed meanwhile", retry_after=1.0)
-        spec = self._permitted(caller, action, name)
-        return self._decide(caller, action, spec.key)
+        return self._permitted(caller, action, name)[1]
 
     def close(self) -> None:
         """Have every broker forget what it holds."""

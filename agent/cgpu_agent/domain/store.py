@@ -49,7 +49,7 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self._folder / name)
-            self._sync_folder()
+            sync_folder(self._folder)
 
     def append(self, name: str, data: bytes, *, at: int) -> None:
         """Write ``data`` at offset ``at`` and cut the file after it, durably: a torn append is overwritten."""
@@ -69,14 +69,16 @@ class Store:
         """Remove a file, durably; one that is not there is removed already."""
         with _named():
             (self._folder / name).unlink(missing_ok=True)
-            self._sync_folder()
+            sync_folder(self._folder)
 
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a directory survive a power cut. Raises ``OSError``."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -43,20 +43,22 @@ class Tunnel:
             Exhausted: ``IDLE``, ``TOTAL_TIME``, ``SENT_BYTES`` or ``RECEIVED_BYTES``.
             OSError: a connection broke.
         """
-        both = asyncio.gather(
-            self._copy(self._inner, self._outer, "sent", self._limits.sent_bytes),
-            self._copy(self._outer, self._inner, "received", self._limits.received_bytes),
+        copies = (
+            asyncio.ensure_future(self._copy(self._inner, self._outer, "sent", self._limits.sent_bytes)),
+            asyncio.ensure_future(self._copy(self._outer, self._inner, "received", self._limits.received_bytes)),
         )
-        tasks = (both, asyncio.ensure_future(self._watch()))
+        tasks = (asyncio.gather(*copies), asyncio.ensure_future(self._watch()))
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
                 if task.done():
                     task.result()
         finally:
-            for task in tasks:
+            # The copies, too: a gathering that one of them ended has let go of the other. It would wait on a socket
+            # that is closed, and the next one with that number would never be heard.
+            for task in (*tasks, *copies):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, *copies, return_exceptions=True)
 
     async def _copy(self, source: socket.socket, sink: socket.socket, way: Way, most: int) -> None:
         loop = asyncio.get_running_loop()

@@ -21,6 +21,7 @@ from cgpu_agent.domain.policy import Decision
 from cgpu_agent.domain.quota import InFlight
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, Unavailable
 from cgpu_agent.rpc.abort import abort, code_of
+from cgpu_agent.rpc.methods import BY_KEY
 
 MAX_SECONDS = 120.0
 _LOG_LINES_PER_WINDOW = 20
@@ -29,11 +30,20 @@ _LOG_WINDOW_SECONDS = 10.0
 log = structlog.get_logger()
 
 _caller: ContextVar[Caller] = ContextVar("caller")
+_begin: ContextVar[Callable[[Decision], Awaitable[None]]] = ContextVar("begin")
 
 
 def current_caller() -> Caller:
     """The caller of the RPC that is being served."""
     return _caller.get()
+
+
+async def put_on_record(decision: Decision) -> None:
+    """Put the RPC that is being served on record, where it is the handler that decides (``BY_KEY``).
+
+    Raises as ``Recorder.begins``.
+    """
+    await _begin.get()(decision)
 
 
 class Connection(Protocol):
@@ -181,14 +191,21 @@ class Gate(grpc.aio.ServerInterceptor):
         caller: Caller | None = None
         code = grpc.StatusCode.CANCELLED
         ended: Callable[[str], Awaitable[None]] | None = None
+
+        async def begin(decided: Decision) -> None:
+            nonlocal ended
+            if self._recorder is not None and caller is not None:
+                ended = await self._recorder.begins(caller, method, decided)
+
         try:
             connection, caller = self._identified(context)
             caller = await self._for_policy(connection, caller)
             decision = self._permitted(caller, method)
             _caller.set(caller)
             with self._in_flight.hold(caller.uid):
-                if self._recorder is not None:
-                    ended = await self._recorder.begins(caller, method, decision)
+                _begin.set(begin)
+                if method not in BY_KEY:  # or whoever is refused would fill the log
+                    await begin(decision)
                 yield connection
             # The answer may be a secret: it goes to the process that asked, or to nobody.
             connection.check()

@@ -8,7 +8,7 @@ from typing import Any
 from cgpu_agent.api.v1 import keys_pb2, keys_pb2_grpc
 from cgpu_agent.domain.core import Core
 from cgpu_agent.errors import Denied
-from cgpu_agent.rpc.interceptor import current_caller
+from cgpu_agent.rpc.interceptor import current_caller, put_on_record
 
 pb = keys_pb2
 
@@ -33,6 +33,6 @@ class KeysService(keys_pb2_grpc.KeysServicer):
         if self._core.release is None:  # as for any key that the caller may not have
             raise Denied("NOT_ALLOWED", "not allowed: no policy allows this")
         await self._core.started()
-        found = await self._core.release.get(current_caller(), request.key, request.recipient or None)
+        found = await self._core.release.get(current_caller(), request.key, request.recipient or None, put_on_record)
         secret = {"wrapped" if found.wrapped else "plain": found.secret}
         return pb.GetKeyResponse(context=found.context, **secret)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from cgpu_agent.domain import audit as audit_module
 from cgpu_agent.domain.audit import DENIAL_SECONDS, AuditLog
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.errors import HostileInput, Unavailable
-from cgpu_agent.wire.audit import EMPTY, AuditHead, follow
+from cgpu_agent.wire.audit import EMPTY, MAX_RECORD, AuditHead, follow
 
 BOOT = "00000000-0000-0000-0000-000000000001"
 CALLER = Caller(1000, 1000, (), 7, None, None, "/", None, "pidfd")
@@ -114,6 +115,23 @@ def test_full_files_are_kept_and_the_chain_goes_on(
     assert opened(folder, clock).head.sequence < log.head.sequence
 
 
+def test_the_name_of_every_new_file_is_on_disk_before_its_first_record_counts(
+    folder: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, synced, fsync = opened(folder, clock), list[str](), os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(audit_module, "MAX_FILE", 400)
+    while not list(folder.glob("audit.[0-9]*.jsonl")):
+        asyncio.run(log.record("call", {}))
+    assert synced[:2] == synced[-2:] == ["audit.jsonl", "state"]
+    assert synced.count("state") == 2
+
+
 def test_what_needs_its_record_does_not_happen_without_it(
     folder: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +150,33 @@ def test_what_needs_its_record_does_not_happen_without_it(
     assert records(folder)[1] == log.head == AuditHead(1, log.head.digest)
 
 
+def test_a_caller_who_is_gone_while_its_record_is_written_breaks_no_chain(
+    folder: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, fsync = opened(folder, clock), os.fsync
+    writing, go_on = threading.Event(), threading.Event()
+
+    def slow(descriptor: int) -> None:
+        writing.set()
+        assert go_on.wait(60)
+        fsync(descriptor)
+
+    async def scenario() -> list[int]:
+        gone = asyncio.create_task(log.record("call", {"n": 0}))
+        await asyncio.to_thread(writing.wait, 60)
+        gone.cancel()
+        await asyncio.wait([gone])
+        assert gone.cancelled()
+        others = [asyncio.create_task(log.record("call", {"n": number})) for number in (1, 2)]
+        await asyncio.sleep(0.1)  # time enough for a second writer to start beside the first
+        go_on.set()
+        return await asyncio.gather(*others)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    assert asyncio.run(scenario()) == [1, 2]
+    assert records(folder)[1] == log.head == opened(folder, clock).head
+
+
 def test_refusals_become_one_record_per_caller_method_and_minute(folder: Path, clock: ManualClock) -> None:
     log = opened(folder, clock)
     for _ in range(5000):
@@ -143,6 +188,34 @@ def test_refusals_become_one_record_per_caller_method_and_minute(folder: Path, c
     asyncio.run(log.flush_denials())
     found, _ = follow((folder / "audit.jsonl").read_bytes(), EMPTY)
     assert [(r.data["uid"], r.data["count"]) for r in found] == [(1000, 5000), (-1, 1)]
+
+
+def test_refusals_that_cannot_be_written_are_counted_on(
+    folder: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = opened(folder, clock)
+    log.denied(CALLER, "/x/GetRawQuote", "NOT_ALLOWED")
+    (folder / "audit.jsonl").mkdir()  # nothing can be appended to that
+    with pytest.raises(Unavailable):
+        asyncio.run(log.flush_denials(now=True))
+    (folder / "audit.jsonl").rmdir()
+    log.denied(CALLER, "/x/GetRawQuote", "NOT_ALLOWED")
+    assert asyncio.run(log.flush_denials(now=True))
+    found, _ = follow((folder / "audit.jsonl").read_bytes(), EMPTY)
+    assert [record.data["count"] for record in found] == [2]
+
+
+def test_a_record_that_nobody_could_read_is_not_written(folder: Path, clock: ManualClock) -> None:
+    log = opened(folder, clock)
+    for length, fits in ((MAX_RECORD, False), (MAX_RECORD - 300, True), (2 * MAX_RECORD, False)):
+        if fits:
+            asyncio.run(log.record("call", {"policies": "x" * length}))
+            continue
+        with pytest.raises(Unavailable) as caught:
+            asyncio.run(log.record("call", {"policies": "x" * length}))
+        assert caught.value.slug == "AUDIT_UNAVAILABLE"
+    assert opened(folder, clock).head == log.head == records(folder)[1]
+    assert log.head.sequence == 0
 
 
 def test_made_up_names_cannot_grow_the_counts_without_bound(folder: Path, clock: ManualClock) -> None:

@@ -68,6 +68,15 @@ class Vault:
         self.epoch: Hashable = 1
         self.broker = Watched(credentials)
         self.machine = machine
+        self.begun: list[Decision] = []
+        self.full = False
+
+    async def begin(self, decision: Decision) -> None:
+        """Stands where the gate puts the call on record."""
+        assert self.broker.asked == len(self.begun)
+        if self.full:
+            raise Unavailable("AUDIT_UNAVAILABLE", "the audit log cannot be written")
+        self.begun.append(decision)
 
     @property
     def release(self) -> Release:
@@ -92,7 +101,7 @@ class Vault:
         return self.policy.decide(caller, action, self.facts, key)
 
     def get(self, name: str, caller: Caller = WORKLOAD, recipient: bytes | None = None) -> Delivery:
-        return asyncio.run(self.release.get(caller, name, recipient))
+        return asyncio.run(self.release.get(caller, name, recipient, self.begin))
 
     def refusal(self, name: str, caller: Caller = WORKLOAD, recipient: bytes | None = None) -> AgentError:
         with pytest.raises(AgentError) as raised:
@@ -107,6 +116,20 @@ class Vault:
 @pytest.fixture
 def vault(tmp_path: Path) -> Vault:
     return Vault(tmp_path)
+
+
+def test_a_call_is_on_record_by_the_policy_that_permits_it_before_the_broker_is_asked(vault: Vault) -> None:
+    vault.get("plain")
+    assert [decision.policy_ids for decision in vault.begun] == [("plain",)]
+    vault.full = True
+    assert vault.refusal("plain").slug == "AUDIT_UNAVAILABLE"
+    assert vault.broker.asked == 1
+
+
+def test_who_is_refused_puts_nothing_on_record(vault: Vault) -> None:
+    for name, caller in (("plain", STRANGER), ("nothing", WORKLOAD), ("models/llama", WORKLOAD)):
+        assert vault.refusal(name, caller).slug == "NOT_ALLOWED"
+    assert (vault.begun, vault.records) == ([], [])
 
 
 def test_a_key_comes_wrapped_with_its_context_and_its_record(vault: Vault) -> None:
@@ -142,8 +165,10 @@ def test_a_key_that_is_not_there_is_refused_like_one_that_is_not_allowed(vault: 
     unknown = vault.refusal("models/none", recipient=Receiver().recipient)
     forbidden = vault.refusal("models/llama", STRANGER, Receiver().recipient)
     unserved = vault.refusal("models/far", recipient=Receiver().recipient)
+    vault.policy = Policy.load(f'{RULES}@id("never") forbid(principal, action, resource is CGpu::Key);', "test")
+    never = vault.refusal("models/llama", recipient=Receiver().recipient)
     assert isinstance(unknown, Denied)
-    assert {(each.slug, each.message) for each in (unknown, forbidden, unserved)} == {
+    assert {(each.slug, each.message) for each in (unknown, forbidden, unserved, never)} == {
         ("NOT_ALLOWED", "not allowed: no policy allows this")
     }
     assert vault.broker.asked == 0
@@ -233,12 +258,12 @@ def test_one_uid_cannot_ask_without_end(vault: Vault) -> None:
     async def scenario() -> None:
         release = vault.release
         for _ in range(10):
-            await release.get(WORKLOAD, "plain", None)
+            await release.get(WORKLOAD, "plain", None, vault.begin)
         with pytest.raises(Exhausted) as raised:
-            await release.get(WORKLOAD, "plain", None)
+            await release.get(WORKLOAD, "plain", None, vault.begin)
         assert raised.value.retry_after is not None
         with pytest.raises(Denied):
-            await release.get(dataclasses.replace(STRANGER, uid=5), "plain", None)
+            await release.get(dataclasses.replace(STRANGER, uid=5), "plain", None, vault.begin)
 
     asyncio.run(scenario())
 
@@ -284,7 +309,7 @@ def test_a_broker_is_shown_evidence_for_this_key_and_this_caller_alone(real: tup
         async with machine.serving() as core:
             vault.machine = core
             vault.broker.meanwhile = meanwhile
-            await vault.release.get(WORKLOAD, "models/llama", receiver.recipient)
+            await vault.release.get(WORKLOAD, "models/llama", receiver.recipient, vault.begin)
 
     asyncio.run(scenario())
     statement = parse_statement(parse_bundle(seen[0]).statement)

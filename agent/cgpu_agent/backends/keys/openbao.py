@@ -119,6 +119,7 @@ class OpenBao:
         task = asyncio.create_task(self._release(path, attester, time.monotonic() + timeout - reserve, reserve))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # whoever asked may be gone
         # Whoever stops waiting for the key leaves no client token behind.
         return await asyncio.shield(task)
 

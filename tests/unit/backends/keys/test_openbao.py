@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 import traceback
@@ -415,6 +416,23 @@ class TestRevocation:
         asyncio.run(leave())
         assert peer.issued
         assert not peer.alive
+
+    def test_what_fails_when_nobody_waits_any_more_is_no_news(self) -> None:
+        peer, told = Peer(hangs={"read"}), list[str]()
+
+        async def leave() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["message"]))
+            broker = OpenBao(CONFIG, peer, jitter=lambda: 0.0)
+            waiting = asyncio.create_task(broker.release(PATH, Shower(), timeout=0.4))
+            await peer.arrived["read"].wait()
+            waiting.cancel()
+            while others := asyncio.all_tasks() - {asyncio.current_task()}:
+                await asyncio.wait(others)
+            del waiting, others
+            gc.collect()
+
+        asyncio.run(leave())
+        assert told == []
 
 
 class TestConfig:
