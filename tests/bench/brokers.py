@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,9 @@ from world import HEALTH, Daemon, RawTpm, swtpm_with_boot
 
 from cgpu_agent.api.v1 import keys_pb2
 from cgpu_agent.backends.keys.openbao import OpenBao
+from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.cedar.files import default_policy
+from cgpu_agent.client import Admin
 from cgpu_agent.client.unwrap import Receiver
 from cgpu_agent.daemon.app import SystemClock
 from cgpu_agent.domain.audit import AuditLog
@@ -24,13 +27,14 @@ from cgpu_agent.domain.audit import AuditLog
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from fixtures.bundles import caller
 from fixtures.openbao import ENTRY, PATH, PROGRAM, SECRET, DirectHttp, Vm, running_broker
+from fixtures.owner import FLEET, GROUP, Owner
+from fixtures.sealedkeys import Vault
 
 GET_KEY: Final = "/cgpu.agent.v1.Keys/Get"
-KEYS: Final = {"credential": '[[key]]\nid = "credential"\nbroker = "credential"\npath = "bench.key"\n'}
-"""By broker, the table of a key that a VM can release without the world; its id is the broker's name.
-
-A broker that keeps its keys in this VM's TPM has its place here.
-"""
+KEYS: Final = "".join(
+    f'[[key]]\nid = "{broker}"\nbroker = "{broker}"\npath = "bench.key"\n' for broker in ("credential", "sealed")
+)
+"""Keys that a VM can release without the world, each by the broker of its name."""
 GRANTS: Final = "".join(
     f'@id("{action}") permit(principal, action == CGpu::Action::"{action}", resource) '
     f"when {{ principal.uid == {os.geteuid()} }};\n"
@@ -51,18 +55,24 @@ def releases(world: World, folder: Path, *, rounds: int, calls: int) -> list[Pai
         tpm = swtpm_with_boot(folder / "t")
         stack.callback(tpm.kill)
         RawTpm(tpm.data_socket).provision("ecc")
+        owner = Owner()
+        (folder / "a").mkdir()
+        (folder / "a" / "boot.json").write_bytes(owner.approve(Commands(tpm.transport())).encode())
         daemon = Daemon(
             folder,
             tpm.data_socket,
             head=f'policy = "{folder}/policy.cedar"\n',
             limits="keys_per_minute = 1000000000\n",
-            keys="".join(KEYS.values()),
+            keys=f'{KEYS}[sealed]\napprovals = "{folder}/a"\n',
             CREDENTIALS_DIRECTORY=str(folder / "c"),
         )
         stack.callback(daemon.stop)
         daemon.start()
         log = AuditLog(folder / "floor", "00000000-0000-0000-0000-000000000001", SystemClock())
-        return [pair for broker in KEYS for pair in _releases_of(world, daemon, log, broker, rounds, calls)]
+        return [
+            *_releases_of(world, daemon, log, "credential", rounds, calls),
+            *_releases_by_tpm(world, daemon, folder, owner, rounds, max(calls // 8, 8)),
+        ]
 
 
 def _releases_of(world: World, daemon: Daemon, log: AuditLog, broker: str, rounds: int, calls: int) -> list[Pair]:
@@ -97,6 +107,41 @@ def _releases_of(world: World, daemon: Daemon, log: AuditLog, broker: str, round
                 unit = "/s" if what == "rate" else "s"
                 pairs.append(Pair.of(f"key by {broker}, {way}, {title}, {what}", against[theirs], unit, ours, other))
     return pairs
+
+
+def _releases_by_tpm(world: World, daemon: Daemon, folder: Path, owner: Owner, rounds: int, calls: int) -> list[Pair]:
+    """Sealed keys, beside the same unsealing of another such TPM by nobody but this process."""
+    admin = Admin(str(folder / "admin.sock"), timeout=60)
+    admin.create_sealed_keys(owner.spki, FLEET)
+    admin.add_sealed_key("bench.key", GROUP)
+    while not admin.show_sealed_keys().open:
+        time.sleep(0.1)
+    admin.close()
+    raw_tpm = swtpm_with_boot(folder / "r")
+    try:
+        raw = Vault(raw_tpm, folder / "raw")
+        raw.add()
+        raw.open_latch()
+
+        def unseal() -> dict[str, float]:
+            each = seconds_each(raw.unseal, calls)
+            return {"p50": each, "rate": 1 / each}
+
+        request = keys_pb2.GetKeyRequest(key="sealed", recipient=Receiver().recipient).SerializeToString()
+        ask = partial(world.ask, daemon.api, callers=1, calls=calls)
+        found = in_turns(rounds, {"release": partial(ask, GET_KEY, request), "raw": unseal})
+    finally:
+        raw_tpm.kill()
+    return [
+        Pair.of(
+            f"key by sealed, wrapped, 1 caller, {what}",
+            f"the same unsealing, in one process, {theirs}",
+            "/s" if what == "rate" else "s",
+            [each[what] for each in found["release"]],
+            [each[theirs] for each in found["raw"]],
+        )
+        for what, theirs in (("p50", "p50"), ("p99", "p50"), ("rate", "rate"))
+    ]
 
 
 def openbao(folder: Path, *, rounds: int, seconds: float) -> tuple[list[Pair], str]:

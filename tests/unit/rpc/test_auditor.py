@@ -12,7 +12,7 @@ from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import OF_KEYS, OPEN, Action, Decision
 from cgpu_agent.errors import Unavailable
 from cgpu_agent.rpc.auditor import WEIGHTY, Auditor
-from cgpu_agent.rpc.methods import ACTIONS, BY_KEY
+from cgpu_agent.rpc.methods import ACTIONS, BY_KEY, OPERATOR
 from cgpu_agent.wire.audit import EMPTY, AuditRecord, follow
 
 CALLER = Caller(1000, 1000, (), 7, "trainer.service", None, "/system.slice/trainer.service", None, "pidfd")
@@ -44,8 +44,8 @@ def on_record(folder: Path) -> list[AuditRecord]:
 
 
 def test_every_action_that_is_denied_by_default_is_weighty() -> None:
-    assert {ACTIONS[method] for method in WEIGHTY - BY_KEY} == set(Action) - OPEN - OF_KEYS
-    assert BY_KEY <= WEIGHTY
+    assert {ACTIONS[method] for method in WEIGHTY - BY_KEY - OPERATOR} == set(Action) - OPEN - OF_KEYS
+    assert BY_KEY | OPERATOR <= WEIGHTY
 
 
 def test_a_weighty_call_is_on_record_before_it_is_served_and_its_end_after(folder: Path) -> None:
