@@ -15,6 +15,7 @@ from cgpu_agent import __version__
 from cgpu_agent.backends.notify import Notifier
 from cgpu_agent.daemon import config as configuration
 from cgpu_agent.daemon import logging as journal
+from cgpu_agent.daemon.approvals import load_approvals
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.errors import AgentError, Misuse
 
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         journal.configure(config.log_level)
         if arguments.check:
             load_policy(config)
+            load_approvals(config.sealed)
             sys.stdout.write(f"{path or 'built-in defaults'}: good\n")
             return 0
         _close_memory()
