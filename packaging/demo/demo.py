@@ -131,7 +131,7 @@ def start_daemon(state: Path) -> str:
     config = state / "config.toml"
     config.write_text(
         f'runtime_dir = "{state}/private"\nstate_dir = "{state}/state"\n'
-        f'[sockets]\napi = "{state}/agent.sock"\nadmin = "{state}/admin.sock"\n'
+        f'[sockets]\napi = "{state}/agent.sock"\nadmin = "{state}/admin.sock"\nlease = "{state}/lease.sock"\n'
         f'[tpm]\ndevice = "swtpm:{state}/t/sock"\n'
         f'[logs]\nboot = "{RECORDING}"\n'
         f'[gpu]\nbackend = "software:{state}/g"\nallow_simulated = true\ncollateral = "{state}/gpu"\n'
