@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import fcntl
 import mmap
 import os
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +22,12 @@ from cgpu_agent.domain import opening
 from cgpu_agent.domain.leases import LeaseLimits
 from cgpu_agent.domain.policy import Policy
 from cgpu_agent.errors import AgentError, Denied, Exhausted, Misuse, Unavailable
+from cgpu_agent.rpc.identify import Identified, Identifier
 from cgpu_agent.wire.lease import LeaseRequest
 from cgpu_agent.wire.sealed import Layout, ObjectName
 from fixtures.leases import CUT, NAME, Lending, Taken, refusal, running, until
 from fixtures.sealed import seal
+from fixtures.stuckfs import can_mount, stuck
 from frontdoor_kit import descriptors, needs_root
 
 PLAIN = os.urandom(9 * CUT)
@@ -136,7 +142,7 @@ def test_connections_are_counted(limit: dict[str, int]) -> None:
         error = await refusal(lending.take(CUT))
         assert (type(error), error.slug) == (Exhausted, "LEASE_LIMIT")
         held.pop().close()
-        await until(lambda: len(lending.door._open) == 1)
+        await until(lambda: lending.connections == 1)
         held.append(await lending.take(CUT))
         for taken in held:
             taken.close()
@@ -294,6 +300,29 @@ def test_another_uid_with_the_same_pid_is_another_process() -> None:
             error = await refusal(lending.opening.open(me.caller, me, taken.id, NAME, CUT).__anext__())
             assert error.slug == "NO_LEASE"
         taken.close()
+
+    running(scenario)
+
+
+def test_a_holder_that_is_not_what_it_was_has_no_use_of_its_lease() -> None:
+    async def scenario(lending: Lending) -> None:
+        taken = await lending.take(len(PLAIN), lending.file(SEALED))
+        holder = lending.leases._table[taken.id].holder
+        assert isinstance(holder, Identified)
+        holder.facts = dataclasses.replace(holder.facts, executable=None)
+        assert (await refusal(opened(lending, taken))).slug == "CALLER_CHANGED"
+        assert lending.records == []
+        taken.close()
+
+    running(scenario)
+
+
+def test_without_pidfds_nothing_is_lent() -> None:
+    async def scenario(lending: Lending) -> None:
+        old = dataclasses.replace(lending.identifier.capabilities, peer_pidfd=False, pidfd_info=False)
+        lending.door._identifier = Identifier(old)
+        error = await refusal(lending.take(CUT))
+        assert (type(error), error.slug) == (Denied, "LEASE_IDENTITY")
 
     running(scenario)
 
@@ -574,6 +603,40 @@ def test_a_lease_that_ends_while_it_is_filled_ends_the_opening() -> None:
     running(scenario)
 
 
+def test_a_call_that_takes_too_long_ends_and_wipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(lending: Lending) -> None:
+        taken = await lending.take(len(PLAIN), lending.file(SEALED))
+        monkeypatch.setattr(opening, "OPEN_SECONDS", 0.0)
+        assert (await refusal(opened(lending, taken))).slug == "CALL_TIMEOUT"
+        assert taken.content() == bytes(len(PLAIN))
+        taken.close()
+
+    running(scenario)
+
+
+def test_who_takes_no_messages_is_cut_and_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "OPEN_SECONDS", 1.0)
+    monkeypatch.setattr(opening, "STEP_SECONDS", 1.0)
+
+    async def scenario(lending: Lending) -> None:
+        taken = await lending.take(len(PLAIN), lending.file(SEALED))
+
+        async def lazily() -> None:
+            with lending.caller() as process:
+                steps = lending.opening.open(process.caller, process, taken.id, NAME, CUT)
+                async with contextlib.aclosing(steps):
+                    await steps.__anext__()
+                    await asyncio.Event().wait()
+
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(lazily())
+        assert taken.content() == bytes(len(PLAIN))
+        assert lending.opening._slots.running == 0
+        taken.close()
+
+    running(scenario)
+
+
 def test_the_end_of_the_door_wipes_every_lease() -> None:
     async def scenario(lending: Lending) -> None:
         held = [await lending.take(len(PLAIN), lending.file(SEALED)) for _ in range(3)]
@@ -585,5 +648,74 @@ def test_the_end_of_the_door_wipes_every_lease() -> None:
             taken.close()
         with pytest.raises(OSError):
             await lending.take(CUT)
+
+    running(scenario)
+
+
+# -- a file system of the caller's own that does not answer
+
+needs_fuse = pytest.mark.skipif(not can_mount(), reason="needs root and /dev/fuse")
+
+# Sends a lease request with descriptors of one file, and stays.
+_SENDER = """
+import os, socket, sys, time
+sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+sock.connect(sys.argv[1])
+fds = [os.open(sys.argv[2], os.O_RDONLY) for _ in range(int(sys.argv[3]))]
+socket.send_fds(sock, [bytes.fromhex(sys.argv[4])], fds)
+print(flush=True)
+time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def sender(lending: Lending, path: Path, count: int) -> Iterator[None]:
+    command = [sys.executable, "-c", _SENDER, lending.path, str(path), str(count), GOOD.hex()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+    finally:
+        process.kill()
+        with process:
+            process.wait()
+
+
+@needs_fuse
+@pytest.mark.parametrize(("operation", "count"), [("getattr", 1), ("flush", 2)], ids=["looked at", "closed"])
+def test_a_descriptor_that_hangs_when_it_is_touched_holds_up_its_sender_alone(operation: str, count: int) -> None:
+    async def scenario(lending: Lending) -> None:
+        with contextlib.ExitStack() as stack:
+            with contextlib.ExitStack() as fuse:
+                path = fuse.enter_context(stuck(lending.folder / "fs", operation, SEALED))
+                await asyncio.to_thread(stack.enter_context, sender(lending, path, count))
+                for _ in range(20):
+                    (await lending.take(CUT)).close()
+                    await until(lambda: not len(lending.leases))
+                    await until(lambda: lending.connections == 1)
+                    assert lending.door.heartbeat_age(time.monotonic()) < 5
+            await lending.idle()
+
+    running(scenario)
+
+
+@needs_fuse
+def test_a_read_that_hangs_holds_its_callers_slot_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "STEP_SECONDS", 0.3)
+
+    async def scenario(lending: Lending) -> None:
+        with stuck(lending.folder / "fs", "read", SEALED) as path:
+            taken = await lending.take(len(PLAIN), path)
+            error = await refusal(opened(lending, taken))
+            assert (type(error), error.slug) == (Unavailable, "SOURCE_STALLED")
+            assert (await refusal(opened(lending, taken))).slug == "LEASE_BUSY"
+            assert lending.opening._slots.running == 1
+            other = await lending.take(len(PLAIN), lending.file(SEALED))
+            assert (await opened(lending, other))[-1][2]
+            taken.close()
+            other.close()
+            await until(lambda: not len(lending.leases))
+        await until(lambda: lending.opening._slots.running == 0)
 
     running(scenario)

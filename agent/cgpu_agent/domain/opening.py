@@ -20,7 +20,7 @@ from cgpu_agent.domain.errand import Errand
 from cgpu_agent.domain.leases import Lease, Leases, Process
 from cgpu_agent.domain.quota import InFlight
 from cgpu_agent.domain.release import Release
-from cgpu_agent.errors import HostileInput, Misuse
+from cgpu_agent.errors import DeviceFault, HostileInput, Misuse
 from cgpu_agent.objects.file import SealedFile
 from cgpu_agent.wire.sealed import SEGMENT_SIZES, ObjectName
 
@@ -30,6 +30,7 @@ STEP: Final = 16 << 20
 """Bytes between two looks at policy and trust."""
 _PIECE: Final = 1 << 20
 STEP_SECONDS: Final = 60.0
+OPEN_SECONDS: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class Opening:
             Denied: ``NO_LEASE``.
             Exhausted: ``TOO_MANY_CALLS``, ``LEASE_BUSY``.
             Unavailable: ``TRUST_CHANGED``, ``LEASE_GONE``, ``SOURCE_STALLED``.
+            DeviceFault: ``CALL_TIMEOUT``.
             All that ``Release.open`` raises.
         """
         if segment_size not in SEGMENT_SIZES.values():
@@ -121,6 +123,10 @@ class Opening:
             stack.close()
             raise
         copy = _Copy(held)
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        until = loop.time() + OPEN_SECONDS
+        # Who takes no messages holds this task where nothing else ends it.
+        stalled = None if task is None else loop.call_at(until + 2 * STEP_SECONDS, task.cancel)
         try:
             secret, still = await self._release.open(caller, name)
             opened = partial(copy.open, secret, name, segment_size)
@@ -131,6 +137,8 @@ class Opening:
                 end = min(start + STEP, total)
                 await errand.run(partial(copy.copy, start, end), STEP_SECONDS)
                 still()
+                if loop.time() > until:
+                    raise DeviceFault("CALL_TIMEOUT", "the call took too long", retry_after=1.0)
                 yield Step(end, total)
             still()
             yield Step(total, total, whole=True)
@@ -142,6 +150,8 @@ class Opening:
                 raise
             raise told from error
         finally:
+            if stalled is not None:
+                stalled.cancel()
             await errand.finish(copy.close)
 
 

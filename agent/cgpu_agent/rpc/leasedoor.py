@@ -69,6 +69,7 @@ class LeaseDoor:
         self._open: dict[socket.socket, threading.Thread] = {}
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
         self._stopping = threading.Event()
+        self._busy_since: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -80,9 +81,12 @@ class LeaseDoor:
         self._thread = threading.Thread(target=self._run, name="lease-door", daemon=True)
         self._thread.start()
 
-    def heartbeat_age(self, _now: float) -> float:
-        """0, or infinite when the accepting thread has ended: it waits for nobody but the kernel."""
-        return 0.0 if self._thread is not None and self._thread.is_alive() else math.inf
+    def heartbeat_age(self, now: float) -> float:
+        """Seconds (``time.monotonic`` scale) that the accepting thread has been at work; infinite when it ended."""
+        if self._thread is None or not self._thread.is_alive():
+            return math.inf
+        since = self._busy_since
+        return 0.0 if since is None else max(0.0, now - since)
 
     def close(self) -> None:
         """Accept nobody any more, and end all leases. Waits for a moment, so not on the event loop; idempotent."""
@@ -108,7 +112,9 @@ class LeaseDoor:
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
+                self._busy_since = None
                 _readable((self._listener.sock.fileno(), self._bell))
+                self._busy_since = time.monotonic()
                 self._accept()
         except Exception:
             logger.exception("the lease door failed")
@@ -149,8 +155,9 @@ class LeaseDoor:
 
     def _leave(self, sock: socket.socket, seat: Seat) -> None:
         with self._lock:
-            del self._open[sock]
-            sock.close()
+            del self._open[sock]  # before its number can be another's: ``close`` shuts down what is in here
+        sock.close()  # may wait, too: for what came with messages that nobody read
+        with self._lock:
             self._admission.leave(seat)
 
     # -- a connection's thread
