@@ -113,7 +113,7 @@ class Release:
     async def get(self, caller: Caller, name: str, recipient: bytes | None) -> Delivery:
         """A key for this caller, wrapped to ``recipient`` (DER SubjectPublicKeyInfo) or in plain.
 
-        Raises as ``open``, and ``Misuse``: ``BAD_RECIPIENT``.
+        Raises as ``open``, but for the key's size, and ``Misuse``: ``BAD_RECIPIENT``.
         """
         self._rate.take(caller.uid)
         target = None if recipient is None else load_recipient(recipient)

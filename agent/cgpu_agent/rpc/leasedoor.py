@@ -224,7 +224,7 @@ def _receive(sock: socket.socket, came: list[int]) -> LeaseRequest:
     if len(came) != request.source:
         raise Misuse("BAD_LEASE_MESSAGE", "lease message: not with the descriptors that it speaks of")
     for fd in came:
-        # Opened for reading alone: whoever can write to it would show the agent one file and another the next moment.
+        # Reading is all that is asked of it; what the agent could do to the file beyond that, it does not hold.
         reads = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_PATH) == os.O_RDONLY
         if not reads or not stat.S_ISREG(os.fstat(fd).st_mode):
             raise Misuse("BAD_SOURCE", "a sealed object comes as a regular file, opened for reading only")
