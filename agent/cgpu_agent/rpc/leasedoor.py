@@ -95,7 +95,7 @@ class LeaseDoor:
         self._stopping.set()
         os.eventfd_write(self._bell, 1)
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CLOSE_SECONDS)
         self._listener.close()
         os.close(self._bell)
         with self._lock:
