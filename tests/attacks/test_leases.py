@@ -672,8 +672,8 @@ time.sleep(600)
 
 
 @contextlib.contextmanager
-def sender(lending: Lending, path: Path, count: int) -> Iterator[None]:
-    command = [sys.executable, "-c", _SENDER, lending.path, str(path), str(count), GOOD.hex()]
+def sender(lending: Lending, path: Path, count: int, program: str = _SENDER) -> Iterator[None]:
+    command = [sys.executable, "-c", program, lending.path, str(path), str(count), GOOD.hex()]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -701,6 +701,39 @@ def test_a_descriptor_that_hangs_when_it_is_touched_holds_up_its_sender_alone(op
             await lending.idle()
 
     running(scenario)
+
+
+# Has the receiver close, as the last, a file with a write that is still to come. It is there before the door is.
+_LEAVER = """
+import os, socket, sys, time
+sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+sock.connect(sys.argv[1])
+fds = [os.open(sys.argv[2], os.O_RDWR) for _ in range(2)]
+socket.send_fds(sock, [b"x"], fds[:1])
+os.close(fds[0])
+os.pwrite(fds[1], b"x", 0)
+print(flush=True)
+time.sleep(600)
+"""
+
+
+@needs_fuse
+def test_a_descriptor_that_nobody_takes_does_not_hold_up_the_door() -> None:
+    async def scenario() -> None:
+        lending = Lending(per_uid=0)
+        with contextlib.ExitStack() as stack:
+            stack.callback(lending.close)
+            with contextlib.ExitStack() as fuse:
+                path = fuse.enter_context(stuck(lending.folder / "fs", "write", bytes(4096)))
+                await asyncio.to_thread(stack.enter_context, sender(lending, path, 1, _LEAVER))
+                lending.door.start()
+                await until(lambda: lending.door._refusing == 1)
+                for _ in range(20):
+                    assert (await refusal(lending.take(CUT))).slug == "LEASE_LIMIT"
+                await until(lambda: lending.door._refusing == 1)
+            await until(lambda: lending.door._refusing == 0)
+
+    asyncio.run(scenario())
 
 
 @needs_fuse

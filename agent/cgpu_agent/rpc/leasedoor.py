@@ -35,6 +35,7 @@ EXCHANGE_SECONDS: Final = 5.0
 """In which a caller must have said what it wants."""
 _PERMIT_SECONDS: Final = 15.0
 _CLOSE_SECONDS: Final = 3.0
+_MAX_REFUSING: Final = 64
 
 Permit = Callable[[Identified], Coroutine[Any, Any, None]]
 
@@ -69,6 +70,7 @@ class LeaseDoor:
         self._open: dict[socket.socket, threading.Thread] = {}
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
         self._stopping = threading.Event()
+        self._refusing = 0
         self._busy_since: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -120,6 +122,9 @@ class LeaseDoor:
             logger.exception("the lease door failed")
 
     def _accept(self) -> None:
+        if self._refusing >= _MAX_REFUSING:
+            self._stopping.wait(self._limits.accept_backoff)
+            return
         try:
             sock, _address = self._listener.sock.accept()
         except (BlockingIOError, ConnectionAbortedError):
@@ -136,15 +141,19 @@ class LeaseDoor:
         seat = self._seat(credentials)
         work = threading.Thread(target=self._serve, args=(sock, credentials, seat), name="lease", daemon=True)
         with self._lock:
-            if not self._admission.enter(seat):
-                _send(sock, encode_refusal(_full()))
-                sock.close()
-                return
-            self._open[sock] = work
+            admitted = self._admission.enter(seat)
+            if admitted:
+                self._open[sock] = work
+            else:
+                self._refusing += 1
+                work = threading.Thread(target=self._refuse, args=(sock,), name="lease-refusal", daemon=True)
         try:
             work.start()
         except RuntimeError:
-            self._leave(sock, seat)
+            if admitted:
+                self._leave(sock, seat)
+            else:
+                self._refuse(sock)
 
     def _seat(self, credentials: peer.Credentials) -> Seat:
         try:
@@ -153,10 +162,16 @@ class LeaseDoor:
             return "unidentified"
         return credentials.uid
 
+    def _refuse(self, sock: socket.socket) -> None:
+        _send(sock, encode_refusal(_full()))
+        sock.close()  # as in ``_leave``
+        with self._lock:
+            self._refusing -= 1
+
     def _leave(self, sock: socket.socket, seat: Seat) -> None:
         with self._lock:
             del self._open[sock]  # before its number can be another's: ``close`` shuts down what is in here
-        sock.close()  # may wait, too: for what came with messages that nobody read
+        sock.close()  # may wait, too: for the files of descriptors that nobody took
         with self._lock:
             self._admission.leave(seat)
 
