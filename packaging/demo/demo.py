@@ -146,7 +146,7 @@ def start_daemon(state: Path) -> str:
     config = state / "config.toml"
     config.write_text(
         f'runtime_dir = "{state}/private"\nstate_dir = "{state}/state"\npolicy = "{state}/policy.cedar"\n'
-        f'[sockets]\napi = "{state}/agent.sock"\nadmin = "{state}/admin.sock"\n'
+        f'[sockets]\napi = "{state}/agent.sock"\nadmin = "{state}/admin.sock"\nlease = "{state}/lease.sock"\n'
         f'[tpm]\ndevice = "swtpm:{state}/t/sock"\n'
         f'[sealed]\napprovals = "{state}/approvals"\n'
         f'[[key]]\nid = "{KEY}"\nbroker = "sealed"\npath = "model"\n'

@@ -92,7 +92,7 @@ class Daemon:
         (folder / "private").mkdir(mode=0o700)
         self._config.write_text(
             f'{head}log_level = "warning"\nruntime_dir = "{folder}/private"\nstate_dir = "{folder}/state"\n'
-            f'[sockets]\napi = "{self.api}"\nadmin = "{folder}/admin.sock"\n'
+            f'[sockets]\napi = "{self.api}"\nadmin = "{folder}/admin.sock"\nlease = "{folder}/lease.sock"\n'
             f'[tpm]\ndevice = "swtpm:{tpm_socket}"\ncreate_platform_ak = "no"\n'
             f'[logs]\nboot = "{BOOT_LOG}"\nsystemd = "{folder}/no-systemd-log"\n'
             f"[limits]\nconnections_per_uid = 1024\n{limits}{keys}"

@@ -19,6 +19,7 @@ import pytest
 
 from cgpu_agent.api.v1 import admin_pb2
 from cgpu_agent.client import Agent
+from cgpu_agent.client.lease import LeasedMemory
 from cgpu_agent.errors import AgentError, Denied, Unavailable
 from cgpu_agent.verifier.evidence import EvidenceResult
 from cgpu_agent.wire import cel
@@ -123,15 +124,19 @@ def test_daemon_that_cannot_go_on_says_so_without_the_exceptions_text(stopped: D
 # -- socket activation
 
 
-def listener(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
+def listener(path: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, kind)
     sock.bind(path)
     sock.listen(16)
     return sock
 
 
 def test_call_that_waits_at_systemds_socket_is_answered_after_the_start(stopped: Daemon) -> None:
-    with listener(stopped.socket) as api, listener(stopped.admin_socket) as admin:
+    with (
+        listener(stopped.socket) as api,
+        listener(stopped.admin_socket) as admin,
+        listener(stopped.lease_socket, socket.SOCK_SEQPACKET) as lease,
+    ):
         answers: list[bytes] = []
 
         def early() -> None:
@@ -140,15 +145,18 @@ def test_call_that_waits_at_systemds_socket_is_answered_after_the_start(stopped:
 
         caller = threading.Thread(target=early)
         caller.start()
-        stopped.start(listeners=[("admin", admin), ("api", api)])
+        stopped.start(listeners=[("admin", admin), ("lease", lease), ("api", api)])
         caller.join(60)
         assert judge(answers[0], bytes(16)).accepted
         assert stopped.admin().get_status().status_line.startswith("Serving")
         assert stopped.stop() == 0
         # systemd's sockets stay: the next caller waits instead of failing.
         assert Path(stopped.socket).exists()
-        stopped.start(listeners=[("api", api), ("admin", admin)])
+        assert Path(stopped.lease_socket).exists()
+        stopped.start(listeners=[("api", api), ("admin", admin), ("lease", lease)])
         evidence(stopped)
+        with Path(__file__).open("rb") as source, pytest.raises(Denied):
+            LeasedMemory(stopped.lease_socket, 1, source, 60)
 
 
 @pytest.mark.parametrize("name", ["web", "unknown", ""])

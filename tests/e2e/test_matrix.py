@@ -14,19 +14,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from cgpu_agent.api.v1 import gpus_pb2
+from cgpu_agent.client.connect import LEASE_ENVIRONMENT
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import Action, Facts, Key
+from cgpu_agent.objects.stream import Sealer
 from cgpu_agent.rpc import peer
 from cgpu_agent.rpc.environment import self_check_environment
 from cgpu_agent.rpc.identify import Identifier
 from cgpu_agent.rpc.methods import ACTIONS, BY_KEY, public_authorizer
 from cgpu_agent.wire.audit import EMPTY, AuditRecord, follow
-from fixtures.caller import GONE, ROWS, caller
+from cgpu_agent.wire.sealed import SEGMENT_SIZES, ObjectName
+from fixtures.caller import GONE, OBJECT, PLAIN, ROWS, caller
 from fixtures.cgroups import cgroup, within
 from fixtures.daemon import PATIENCE, Daemon, booted_daemon
 from fixtures.policies import granting, permit
@@ -71,6 +75,7 @@ DOORS: Final[dict[str, tuple[str, frozenset[str]]]] = {
     "boxed": ("boxed", READY),
     "boxed in plain": ("boxed", NEVER),
     "no such key": ("allowed", NEVER),
+    "open": ("allowed", READY),
 }
 """Whom each row lets in, and while the GPUs are what: what the policy below is meant to say, said apart from it."""
 BEHIND: Final = {
@@ -112,6 +117,7 @@ def policy(unit: str | None) -> tuple[str, ...]:
         permit("gpu.raw_report", f"{named} && {ready}"),
         permit("key.get", f"{named} && ({key('any')} || {both}) || {boxed} && {key('boxed')} && {ready}"),
         permit("key.get_plain", f"{named} && ({both})"),
+        permit("key.open", f"{named} && {key('ready')} && {ready}"),
     )
 
 
@@ -163,8 +169,13 @@ class Site:
         daemon = self.daemon
         credentials = daemon.folder / "credentials"
         credentials.mkdir(mode=0o700)
-        (credentials / "one.key").write_bytes(os.urandom(32))
+        secret = os.urandom(32)
+        (credentials / "one.key").write_bytes(secret)
         daemon.environment["CREDENTIALS_DIRECTORY"] = str(credentials)
+        with self.object.open("wb") as file:
+            sealer = Sealer(file, secret, ObjectName("ready", "model", 1), SEGMENT_SIZES["1MiB"])
+            sealer.write(PLAIN)
+            sealer.finish()
         daemon.tables["gpu"] = (
             f'backend = "software:{self.gpus.socket}"\nallow_simulated = true\ncollateral = "{folder}"\n'
             f'device_roots = ["{folder}/device-root.pem"]\nrim_roots = ["{folder}/rim-root.pem"]\n'
@@ -177,6 +188,10 @@ class Site:
         daemon.config.write_text(daemon.config.read_text() + keys)
         daemon.start()
         self.until(lambda found: found.state == gpus_pb2.GPU_SET_STATE_READY)
+
+    @property
+    def object(self) -> Path:
+        return self.daemon.folder / "object"
 
     def until(self, condition: Callable[[gpus_pb2.GpuSet], bool]) -> gpus_pb2.GpuSet:
         end = time.monotonic() + 2 * PATIENCE
@@ -196,10 +211,11 @@ class Site:
             uuid = max(agent.list_gpus().gpus, key=lambda gpu: gpu.bdf).uuid
         how = {"socket": self.daemon.socket, "uuid": uuid}
         wraps = self.places.wraps
+        env = {OBJECT: str(self.object), LEASE_ENVIRONMENT: self.daemon.lease_socket}
         with ExitStack() as stack:
 
             def run(place: str, uid: int, **more: Any) -> subprocess.Popen[str]:
-                process = stack.enter_context(caller(wraps[place], **how, uid=uid if ROOT else None, **more))
+                process = stack.enter_context(caller(wraps[place], env, **how, uid=uid if ROOT else None, **more))
                 stack.callback(process.kill)
                 return process
 
@@ -264,6 +280,8 @@ def world() -> Iterator[World]:
 
 def expected(name: str, row: str, state: str) -> set[str]:
     who, states = DOORS[row]
+    if row == "open" and name.startswith(("passed on", "taken over")):
+        return {"NOT_ALLOWED", "NO_LEASE", *GONE}  # a lease is its own process's, whoever made the connection
     if CALLERS[name] == "nobody":
         return set(GONE)
     if who in (EVERYBODY, CALLERS[name]) and state in states:
@@ -330,8 +348,9 @@ def test_the_same_of_genuine_gpus_and_of_callers_that_this_machine_cannot_start(
         for method, rows in ROWS.items():
             for row in rows:
                 if method in BY_KEY:
-                    action = Action.KEY_PLAIN if row.endswith(" in plain") else Action.KEY_GET
-                    key = Key(row.removesuffix(" in plain"), "credential")
+                    plain = Action.KEY_PLAIN if row.endswith(" in plain") else Action.KEY_GET
+                    action = Action.KEY_OPEN if row == "open" else plain
+                    key = Key("ready" if row == "open" else row.removesuffix(" in plain"), "credential")
                     decision = rules.decide(caller_, action, facts, key)
                 else:
                     decision = authorize(caller_, method)

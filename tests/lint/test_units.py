@@ -18,14 +18,18 @@ from cgpu_agent.wire.ready import SOCKET
 
 UNITS = Path(__file__).resolve().parents[2] / "systemd"
 SERVICE = UNITS / "cgpu-agent.service"
-SOCKETS = {"api": UNITS / "cgpu-agent.socket", "admin": UNITS / "cgpu-agent-admin.socket"}
+SOCKETS = {
+    "api": UNITS / "cgpu-agent.socket",
+    "admin": UNITS / "cgpu-agent-admin.socket",
+    "lease": UNITS / "cgpu-agent-lease.socket",
+}
 RELOAD = UNITS / "cgpu-agent.service.d" / "50-newer-systemd.conf"
 DEVICE = UNITS / "dev-tpmrm0.device.d" / "50-cgpu-agent.conf"
 HELPER, HELPER_SOCKET = UNITS / "cgpu-ready.service", UNITS / "cgpu-ready.socket"
 PERSISTENCED = UNITS / "nvidia-persistenced.service.d" / "zz-cgpu-agent.conf"
 EVERY_FILE = [SERVICE, *SOCKETS.values(), RELOAD, DEVICE, HELPER, HELPER_SOCKET]
 
-DESCRIPTORS_PER_CALLER = 4
+DESCRIPTORS_PER_CALLER = 4  # and as many for a lease
 EXPOSURE_ALLOWED = 15  # tenths
 
 needs_analyze = pytest.mark.skipif(
@@ -134,7 +138,7 @@ def test_proc_of_callers_is_not_hidden(path: Path) -> None:
     assert set(found.get("ProcSubset", [])) <= {"all"}
 
 
-def test_the_service_gets_both_sockets() -> None:
+def test_the_service_gets_all_sockets() -> None:
     names = {path.name for path in SOCKETS.values()}
     service = settings(SERVICE)
     assert set(" ".join(service["Sockets"]).split()) == names
@@ -146,12 +150,13 @@ def test_a_socket_carries_the_name_and_path_that_the_daemon_knows(name: str) -> 
     socket = settings(SOCKETS[name])
     assert socket["FileDescriptorName"] == [name]
     assert socket["Service"] == [SERVICE.name]
-    assert socket["ListenStream"] == [getattr(Config().sockets, name)]
+    listen = "ListenSequentialPacket" if name == "lease" else "ListenStream"
+    assert socket[listen] == [getattr(Config().sockets, name)]
 
 
 def test_workloads_reach_their_socket_and_only_operators_the_other() -> None:
-    api, admin = settings(SOCKETS["api"]), settings(SOCKETS["admin"])
-    assert api["SocketMode"] == ["0666"]
+    api, admin, lease = (settings(SOCKETS[name]) for name in ("api", "admin", "lease"))
+    assert api["SocketMode"] == lease["SocketMode"] == ["0666"]
     assert admin["SocketMode"] == ["0600"]
 
 
@@ -178,7 +183,7 @@ def test_a_bad_configuration_is_not_retried() -> None:
 
 
 def test_every_allowed_caller_has_descriptors() -> None:
-    needed = DESCRIPTORS_PER_CALLER * Config().limits.connections
+    needed = DESCRIPTORS_PER_CALLER * (Config().limits.connections + Config().limits.leases)
     assert int(settings(SERVICE)["LimitNOFILE"][0]) >= needed + 1024
 
 

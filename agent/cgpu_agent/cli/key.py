@@ -19,11 +19,14 @@ def _list(arguments: argparse.Namespace) -> int:
     with Agent(arguments.socket) as agent:
         keys = agent.list_keys()
     if arguments.json:
-        told = [{"broker": k.broker, "key": k.key, "plain": k.plain, "wrapped": k.wrapped} for k in keys]
+        told = [
+            {"broker": k.broker, "key": k.key, "opens": k.opens, "plain": k.plain, "wrapped": k.wrapped} for k in keys
+        ]
         output.emit_json(told)
         return output.EXIT_PASS
     for key in keys:
-        ways = [word for word, may in (("wrapped", key.wrapped), ("in plain", key.plain)) if may]
+        words = (("wrapped", key.wrapped), ("in plain", key.plain), ("opens objects", key.opens))
+        ways = [word for word, may in words if may]
         output.say(f"{key.key}  ({key.broker}; {', '.join(ways)})")
     if not keys:
         output.say("no key that you may have now")

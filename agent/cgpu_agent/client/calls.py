@@ -238,6 +238,16 @@ def _delivery(answer: keys_pb2.GetKeyResponse) -> Delivery:
     return Delivery(answer.context, answer.wrapped if wrapped else None, None if wrapped else answer.plain)
 
 
+def open_sealed(name: str, lease: bytes, object_id: str, version: int, segment_size: int) -> Call[bool]:
+    """A stream; each answer becomes whether the object is whole."""
+    request = keys_pb2.OpenSealedRequest(key=name, lease=lease, object_id=object_id, segment_size=segment_size)
+    try:
+        request.object_version = version
+    except ValueError as error:
+        raise Misuse("BAD_OBJECT_NAME", "the object version is 1 to 18446744073709551615") from error
+    return Call("Keys", "OpenSealed", request, lambda answer: answer.whole)
+
+
 def new_receiver() -> Receiver:
     """Whom a key is wrapped to. Raises ``Misuse`` (``NO_CRYPTOGRAPHY``)."""
     try:

@@ -26,6 +26,7 @@ DEFAULT_SOCKET = "/run/cgpu-agent/agent.sock"
 DEFAULT_ADMIN_SOCKET = "/run/cgpu-agent/admin.sock"
 ENVIRONMENT = "CGPU_AGENT_SOCKET"
 ADMIN_ENVIRONMENT = "CGPU_AGENT_ADMIN_SOCKET"
+LEASE_ENVIRONMENT = "CGPU_AGENT_LEASE_SOCKET"
 
 _WHO_MAY = "its mode and group say who may; the admin socket is for root"
 
@@ -57,7 +58,7 @@ def find_socket(given: str | None, *, admin: bool = False) -> str:
     return os.environ.get(name) or default
 
 
-def unreachable(path: str) -> Unavailable:
+def unreachable(path: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> Unavailable:
     """Say why nobody answers at ``path``, by trying it."""
     try:
         info = Path(path).stat()
@@ -66,12 +67,13 @@ def unreachable(path: str) -> Unavailable:
     except OSError:
         return Unavailable(
             "NO_SOCKET",
-            f"there is no {path}: start the agent (systemctl start cgpu-agent.socket cgpu-agent-admin.socket), or "
-            f"say where its socket is ({ENVIRONMENT}, {ADMIN_ENVIRONMENT})",
+            f"there is no {path}: start the agent (systemctl start cgpu-agent.socket cgpu-agent-admin.socket "
+            f"cgpu-agent-lease.socket), or say where its socket is ({ENVIRONMENT}, {ADMIN_ENVIRONMENT}, "
+            f"{LEASE_ENVIRONMENT})",
         )
     if not stat.S_ISSOCK(info.st_mode):
         return Unavailable("NO_SOCKET", f"{path} is not a socket: name the agent's")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.settimeout(1)
         try:
             probe.connect(path)

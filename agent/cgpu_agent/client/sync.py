@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Literal, TypeVar
 
 import grpc
 
 from cgpu_agent.api.v1 import admin_pb2, gpus_pb2, keys_pb2, sealed_keys_pb2
 from cgpu_agent.client import calls
 from cgpu_agent.client.connect import CHANNEL_OPTIONS, STUBS, find_socket, translate
+from cgpu_agent.client.lease import LeasedMemory, find_lease_socket, plain_size, require_whole
+from cgpu_agent.wire.sealed import SEGMENT_SIZES
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -120,6 +123,41 @@ class Agent:
         receiver = None if plain else calls.new_receiver()
         delivery = self._run(calls.get_key(name, None if receiver is None else receiver.recipient))
         return calls.opened(delivery, receiver)
+
+    @contextlib.contextmanager
+    def open_sealed(
+        self,
+        name: str,
+        file: BinaryIO,
+        *,
+        object_id: str,
+        version: int,
+        segment_size: int = SEGMENT_SIZES["1MiB"],
+    ) -> Iterator[memoryview]:
+        """A sealed object, opened by the agent into memory that it shares with you: you never have the key.
+
+            with agent.open_sealed("models/llama", file, object_id="models/llama", version=3) as plain:
+                use(plain)  # a read-only memoryview
+
+        It is the whole object, verified. With the block it ends, and the agent wipes it. Denied unless granted.
+
+        Args:
+            name: the agent's id of the key, which must be the object's key id.
+            file: the sealed object: a regular file, opened for reading only.
+            object_id, version: what you expect it to be; any other does not open.
+            segment_size: every how many bytes it is cut: 1 MiB or 4 KiB.
+        """
+        size = plain_size(file, segment_size)
+        memory = LeasedMemory(find_lease_socket(self.socket), size, file, self._timeout)
+        with contextlib.closing(memory):
+            call = calls.open_sealed(name, memory.id, object_id, version, segment_size)
+            stream = getattr(self._stubs[call.service], call.method)(call.request, timeout=self._timeout)
+            try:
+                whole = [call.convert(answer) for answer in stream]  # to its end: only then is it the object
+            except grpc.RpcError as error:
+                raise translate(error, self.socket) from None
+            require_whole(whole[-1:] == [True])
+            yield memory.view
 
     def list_gpus(self) -> gpus_pb2.GpuSet:
         """The GPUs, and what the agent makes of them; not evidence."""

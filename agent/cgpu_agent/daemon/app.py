@@ -35,7 +35,7 @@ from cgpu_agent.daemon.build import build_digest
 from cgpu_agent.daemon.config import Config, GpuConfig
 from cgpu_agent.daemon.gpus import load_judge, load_rules
 from cgpu_agent.daemon.policy import load_policy
-from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded
+from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded, lease_door
 from cgpu_agent.daemon.watchdog import Watchdog
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.core import Core, Settings, is_final
@@ -43,6 +43,8 @@ from cgpu_agent.domain.gpujudge import GpuJudge
 from cgpu_agent.domain.gpurecord import GpuRecords
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.gpustate import Reason
+from cgpu_agent.domain.leases import LeaseLimits, Leases
+from cgpu_agent.domain.opening import Opening
 from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.policy import Key, Policy
 from cgpu_agent.domain.quota import InFlight
@@ -80,9 +82,9 @@ class SystemClock:
         return time.time()
 
 
-def _listener(passed: int | None, path: str, mode: int) -> Listener:
+def _listener(passed: int | None, path: str, mode: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> Listener:
     """The socket from systemd, or one bound here."""
-    return bind_listener(path, mode) if passed is None else adopt_listener(socket.socket(fileno=passed))
+    return bind_listener(path, mode, kind) if passed is None else adopt_listener(socket.socket(fileno=passed), kind)
 
 
 def _open_gpus(config: GpuConfig) -> Gpus | None:
@@ -113,7 +115,7 @@ class App:
         self._capabilities = self_check_environment()
         self._build = build_digest()
         passed = passed_descriptors()
-        unknown = passed.keys() - {"api", "admin", "systemd-log"}
+        unknown = passed.keys() - {"api", "admin", "lease", "systemd-log"}
         if unknown:
             raise Misuse("BAD_CONFIG", f"systemd handed over what nobody asked for: {', '.join(sorted(unknown))}")
         private = Path(config.runtime_dir)
@@ -139,6 +141,7 @@ class App:
         in_flight = InFlight(config.limits.calls_per_uid, config.limits.calls)
         api = _listener(passed.get("api"), config.sockets.api, 0o666)
         admin = _listener(passed.get("admin"), config.sockets.admin, 0o600)
+        lease = _listener(passed.get("lease"), config.sockets.lease, 0o666, socket.SOCK_SEQPACKET)
         self._public = guarded(
             "api",
             api,
@@ -162,12 +165,23 @@ class App:
             add_admin(self._core, self._status),
             recorder,
         )
+        leases = self._leases(config)
+        self._core.opening = Opening(self._core.release, leases)
+        self._lease_door = lease_door(
+            self._core,
+            leases,
+            lease,
+            identifier,
+            DoorLimits(max_connections=config.limits.leases, max_per_uid=config.limits.leases_per_uid),
+            lambda: self._policy.wants_executable,
+        )
         self._watchdog = Watchdog(
             notifier,
             {
                 "TPM thread": (self._tpm.heartbeat_age, 2.0 * config.tpm.request_seconds),
                 "front door": (self._public.door.heartbeat_age, 10.0),
                 "admin door": (self._admin.door.heartbeat_age, 10.0),
+                "lease door": (self._lease_door.heartbeat_age, 10.0),
             },
         )
         self._started = time.monotonic()
@@ -185,6 +199,11 @@ class App:
             return None
         seconds = float(config.tpm.request_seconds)
         return Vault(self._tpm, SealedKeys(files), load_approvals(config.sealed), self._core.clock, timeout=seconds)
+
+    def _leases(self, config: Config) -> Leases:
+        limits = config.limits
+        sizes = (limits.lease_mib, limits.lease_mib_per_uid, limits.lease_mib_in_all)
+        return Leases(LeaseLimits(*(size << 20 for size in sizes)))
 
     def _release(self, config: Config) -> Release:
         core = self._core
@@ -309,6 +328,7 @@ class App:
         await self._audit("agent-start")
         for server in self._servers:
             await server.start()
+        self._lease_door.start()
         stopped = asyncio.create_task(stop.wait())
         establishing = asyncio.create_task(self._establish())
         tasks = {stopped, establishing}
@@ -347,6 +367,7 @@ class App:
             task.cancel()
         await asyncio.wait(tasks)
         await asyncio.gather(*(server.stop(_DRAIN_SECONDS) for server in self._servers))
+        await asyncio.to_thread(self._lease_door.close)
         await self._audit_denials(now=True)
         await self._audit("agent-stop")
         if self._core.release is not None:

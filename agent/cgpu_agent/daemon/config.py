@@ -37,10 +37,11 @@ DEFAULT_POLICY = "default"
 
 @dataclass(frozen=True, slots=True)
 class Sockets:
-    """Paths bound where systemd does not hand over sockets named ``api`` and ``admin``."""
+    """Paths bound where systemd does not hand over sockets named ``api``, ``admin`` and ``lease``."""
 
     api: str = "/run/cgpu-agent/agent.sock"
     admin: str = "/run/cgpu-agent/admin.sock"
+    lease: str = "/run/cgpu-agent/lease.sock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,8 @@ class KeyConfig:
 class Limits:
     """Bounds on what callers can hold: connections before, running calls after they are identified.
 
-    ``keys_per_minute``: how often one uid may ask for a key.
+    ``keys_per_minute``: how often one uid may ask for a key. ``leases``, ``lease_mib``: how many pieces of memory are
+    shared with callers, and how large one is; then of one uid and in all.
     """
 
     connections: int = 1024
@@ -130,6 +132,11 @@ class Limits:
     calls: int = 2048
     calls_per_uid: int = 512
     keys_per_minute: int = 60
+    leases: int = 64
+    leases_per_uid: int = 8
+    lease_mib: int = 1024
+    lease_mib_per_uid: int = 2048
+    lease_mib_in_all: int = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +290,7 @@ def _check(config: Config) -> None:
         "state_dir": config.state_dir,
         "sockets.api": config.sockets.api,
         "sockets.admin": config.sockets.admin,
+        "sockets.lease": config.sockets.lease,
         "logs.boot": config.logs.boot,
         "logs.systemd": config.logs.systemd,
         "platform.collateral": config.platform.collateral,
@@ -295,8 +303,8 @@ def _check(config: Config) -> None:
     for name, path in paths.items():
         if not path.startswith("/") or "\0" in path:
             raise _bad(f"{name} must be an absolute path")
-    if config.sockets.api == config.sockets.admin:
-        raise _bad("sockets.api and sockets.admin must differ")
+    if len({config.sockets.api, config.sockets.admin, config.sockets.lease}) != len(fields(Sockets)):
+        raise _bad("sockets.api, sockets.admin and sockets.lease must differ")
     if not 10 <= tpm.register <= 15:
         raise _bad("tpm.register must be a PCR that firmware leaves alone and nobody can reset: 10-15, best 13")
     if tpm.register not in tpm.evidence_pcrs:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,21 @@ from cgpu_agent.api.v1 import (
 )
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.core import Core
+from cgpu_agent.domain.leases import Leases
 from cgpu_agent.domain.policy import Decision
 from cgpu_agent.domain.quota import InFlight
+from cgpu_agent.errors import Denied, Unavailable
 from cgpu_agent.rpc.addresses import Listener
 from cgpu_agent.rpc.admin import AdminService
 from cgpu_agent.rpc.admission import DoorLimits
 from cgpu_agent.rpc.evidence import EvidenceService
+from cgpu_agent.rpc.exe_digest import ExeDigests
 from cgpu_agent.rpc.frontdoor import FrontDoor
 from cgpu_agent.rpc.gpus import GpusService
-from cgpu_agent.rpc.identify import Identifier
+from cgpu_agent.rpc.identify import Identified, Identifier
 from cgpu_agent.rpc.interceptor import Gate, Recorder, current_caller
 from cgpu_agent.rpc.keys import KeysService
+from cgpu_agent.rpc.leasedoor import LeaseDoor
 from cgpu_agent.rpc.measured_boot import MeasuredBootService
 from cgpu_agent.rpc.sealed_keys import SealedKeysService
 
@@ -154,6 +159,28 @@ def guarded(
     server.add_insecure_port(f"unix:{inner}")
     public = listener.sock.getsockname()
     return Guarded(name, server, gate, door, public, checker)
+
+
+def lease_door(
+    core: Core,
+    leases: Leases,
+    listener: Listener,
+    identifier: Identifier,
+    limits: DoorLimits,
+    wants_executable: Callable[[], bool],
+) -> LeaseDoor:
+    """The door where memory is leased: to callers who may have some object opened, and to nobody else."""
+    digests = ExeDigests()
+
+    async def permit(who: Identified) -> None:
+        caller = who.caller
+        if wants_executable():
+            with contextlib.suppress(Unavailable):
+                caller = replace(caller, exe_at_identify=await digests.digest(who))
+        if core.release is None or not core.release.may_open(caller):
+            raise Denied("NOT_ALLOWED", "not allowed: no policy lets this caller have an object opened")
+
+    return LeaseDoor(listener, identifier, leases, permit, limits)
 
 
 def add_public(core: Core) -> Callable[[grpc.aio.Server], tuple[str, ...]]:

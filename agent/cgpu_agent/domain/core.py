@@ -16,6 +16,7 @@ from cgpu_agent.domain.evidence import Evidence
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.gpustate import Reason
 from cgpu_agent.domain.keys import Keys, establish, with_certificate
+from cgpu_agent.domain.opening import Opening
 from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.policy import Facts
 from cgpu_agent.domain.release import Release
@@ -106,6 +107,8 @@ class Core:
     release: Release | None = None
     """``None`` where no keys are configured."""
     vault: Vault | None = None
+    opening: Opening | None = None
+    """``None`` where no memory is leased."""
     vm_generation: Callable[[], int | None] = lambda: None
     _generation: int | None = _UNSEEN
     _boot: MeasuredBoot | None = None

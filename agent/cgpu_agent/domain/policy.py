@@ -39,6 +39,7 @@ class Action(str, Enum):
     KEY_LIST = "key.list"
     KEY_GET = "key.get"
     KEY_PLAIN = "key.get_plain"
+    KEY_OPEN = "key.open"
 
 
 OPEN: Final = frozenset(
@@ -58,7 +59,7 @@ OPEN: Final = frozenset(
 """Actions that tell a caller about the VM, or speak only in the caller's own name. All others are sensitive."""
 
 
-OF_KEYS: Final = frozenset({Action.KEY_GET, Action.KEY_PLAIN})
+OF_KEYS: Final = frozenset({Action.KEY_GET, Action.KEY_PLAIN, Action.KEY_OPEN})
 """Actions whose resource is a ``Key``; that of all others is the machine."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from cgpu_agent.backends.base import MAX_SECRET, Clock, KeyBroker
@@ -21,10 +21,12 @@ from cgpu_agent.domain.wrap import load_recipient, wrap
 from cgpu_agent.errors import Denied, Unavailable
 from cgpu_agent.wire.bundle import KeyRelease
 from cgpu_agent.wire.delivery import DeliveryContext
+from cgpu_agent.wire.sealed import KEY_SIZE, ObjectName
 
 BROKER_SECONDS: Final = 30.0
 
 Decide = Callable[[Caller, Action, Key], Decision]
+Begin = Callable[[Decision], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,18 @@ class Delivery:
 
     def __repr__(self) -> str:
         return f"Delivery(wrapped={self.wrapped})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Released:
+    """What a broker let go of, on record, in the epoch in which that was decided."""
+
+    spec: KeySpec
+    secret: bytes = field(repr=False)
+    generation: int
+    sequence: int
+    expires: int
+    epoch: Hashable
 
 
 class Release:
@@ -87,40 +101,79 @@ class Release:
         self._rate = rate
         self._clock = clock
 
-    def offers(self, caller: Caller) -> list[tuple[Key, bool, bool]]:
-        """The keys that this caller may have now: each, whether wrapped, whether in plain."""
+    def offers(self, caller: Caller) -> list[tuple[Key, bool, bool, bool]]:
+        """The keys that this caller may use now: each, whether wrapped, in plain, and to have objects opened."""
         found = []
         for spec in self._keys.values():
-            ways = [self._decide(caller, action, spec.key).allowed for action in (Action.KEY_GET, Action.KEY_PLAIN)]
-            if any(ways):
-                found.append((spec.key, ways[0], ways[1]))
+            actions = (Action.KEY_GET, Action.KEY_PLAIN, Action.KEY_OPEN)
+            wrapped, plain, opens = (self._decide(caller, action, spec.key).allowed for action in actions)
+            if wrapped or plain or opens:
+                found.append((spec.key, wrapped, plain, opens))
         return found
 
-    async def get(
-        self, caller: Caller, name: str, recipient: bytes | None, begin: Callable[[Decision], Awaitable[None]]
-    ) -> Delivery:
+    async def get(self, caller: Caller, name: str, recipient: bytes | None, begin: Begin) -> Delivery:
         """A key for this caller, wrapped to ``recipient`` (DER SubjectPublicKeyInfo) or in plain.
 
         Args:
             begin: puts the call on record; only called once it is permitted, so that nobody fills the log by being
                 refused.
 
-        Raises:
-            Denied: ``NOT_ALLOWED``, also where there is no such key; ``KEY_REFUSED``: the broker refused.
-            Misuse: ``BAD_RECIPIENT``.
-            Exhausted: ``KEY_LIMIT``.
-            Unavailable: ``TRUST_CHANGED``: what was decided is void, ask again; ``AUDIT_UNAVAILABLE``; and what
-                ``KeyBroker.release`` raises.
+        Raises as ``open``, but for the key's size, and ``Misuse``: ``BAD_RECIPIENT``.
         """
         self._rate.take(caller.uid)
         target = None if recipient is None else load_recipient(recipient)
         action = Action.KEY_PLAIN if target is None else Action.KEY_GET
+        digest = None if recipient is None else hashlib.sha256(recipient).digest()
+        released = await self._release(caller, action, name, digest, {}, begin)
+        spec = released.spec
+        context = DeliveryContext(
+            key=spec.key.id,
+            broker=spec.key.broker,
+            generation=released.generation,
+            sequence=released.sequence,
+            expires=released.expires,
+            caller=caller.claims(),
+            recipient=digest,
+        ).encode()
+        if target is None:
+            return Delivery(context, released.secret, wrapped=False)
+        return Delivery(context, wrap(released.secret, target, context), wrapped=True)
+
+    async def open(self, caller: Caller, name: ObjectName, begin: Begin) -> tuple[bytes, Callable[[], None]]:
+        """The key ``name.key_id`` for the agent's own use: to open this object for this caller, who never gets it.
+
+        Returns the key, and what raises when the caller may not go on: to be called before anything is handed over.
+
+        Raises:
+            Denied: ``NOT_ALLOWED``, also where there is no such key; ``KEY_REFUSED``: the broker refused.
+            Exhausted: ``KEY_LIMIT``.
+            Unavailable: ``TRUST_CHANGED``: what was decided is void, ask again; ``AUDIT_UNAVAILABLE``;
+                ``KEY_NOT_FOR_OBJECTS``: not a key of sealed objects; and what ``KeyBroker.release`` raises.
+        """
+        self._rate.take(caller.uid)
+        how = {"how": "open", "object": name.object_id, "version": str(name.version)}
+        released = await self._release(caller, Action.KEY_OPEN, name.key_id, None, how, begin)
+        if len(released.secret) != KEY_SIZE:
+            raise Unavailable("KEY_NOT_FOR_OBJECTS", f"the key of a sealed object has {KEY_SIZE} bytes, not this one")
+
+        def still() -> None:
+            self._still_permitted(caller, Action.KEY_OPEN, name.key_id, released.epoch)
+
+        return released.secret, still
+
+    def may_open(self, caller: Caller) -> bool:
+        """Whether the caller may have any object opened now."""
+        return any(self._decide(caller, Action.KEY_OPEN, spec.key).allowed for spec in self._keys.values())
+
+    async def _release(
+        self, caller: Caller, action: Action, name: str, digest: bytes | None, how: Mapping[str, object], begin: Begin
+    ) -> _Released:
+        """What every release goes through. When it returns nothing has changed, and from then on nothing may wait."""
         spec, decision = self._permitted(caller, action, name)
         epoch = self._epoch()
         if self._audit is None:
             raise Unavailable("AUDIT_UNAVAILABLE", "no audit log is kept, and a release needs its record")
         await begin(decision)
-        digest = None if recipient is None else hashlib.sha256(recipient).digest()
         release = KeyRelease(spec.key.broker, spec.key.id, digest)
         attester = CoreAttester(self._machine, caller, release)
         broker = self._brokers[spec.key.broker]
@@ -140,21 +193,11 @@ class Release:
                 "key": spec.key.id,
                 "policies": list(decision.policy_ids),
                 "recipient": None if digest is None else digest.hex(),
+                **how,
             },
         )
-        self._still_permitted(caller, action, name, epoch)  # from here on nothing waits
-        context = DeliveryContext(
-            key=spec.key.id,
-            broker=spec.key.broker,
-            generation=released.generation,
-            sequence=sequence,
-            expires=expires,
-            caller=caller.claims(),
-            recipient=digest,
-        ).encode()
-        if target is None:
-            return Delivery(context, released.secret, wrapped=False)
-        return Delivery(context, wrap(released.secret, target, context), wrapped=True)
+        self._still_permitted(caller, action, name, epoch)
+        return _Released(spec, released.secret, released.generation, sequence, expires, epoch)
 
     def _permitted(self, caller: Caller, action: Action, name: str) -> tuple[KeySpec, Decision]:
         spec = self._keys.get(name)

@@ -21,7 +21,7 @@ _PLAIN_PATH = re.compile(r"/[A-Za-z0-9._/-]+")
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A listening unix stream socket.
+    """A listening unix socket.
 
     Attributes:
         sock: non-blocking.
@@ -40,23 +40,27 @@ class Listener:
             Path(self.path).unlink(missing_ok=True)
 
 
-def adopt_listener(sock: socket.socket) -> Listener:
+def adopt_listener(sock: socket.socket, kind: socket.SocketKind = socket.SOCK_STREAM) -> Listener:
     """Take over a listening socket, from systemd.
 
     Raises:
-        Unavailable: ``LISTENER_INVALID`` unless it is a listening unix stream socket.
+        Unavailable: ``LISTENER_INVALID`` unless it is a listening unix socket of that kind.
     """
     if (
         sock.family != socket.AF_UNIX
-        or sock.type != socket.SOCK_STREAM
+        or sock.type != kind
         or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     ):
-        raise Unavailable("LISTENER_INVALID", "the inherited descriptor is not a listening unix stream socket")
+        raise Unavailable(
+            "LISTENER_INVALID", "the inherited descriptor is not a listening unix socket of the right kind"
+        )
     sock.setblocking(False)
     return Listener(sock, None, None)
 
 
-def bind_listener(path: str, mode: int, *, backlog: int = 1024) -> Listener:
+def bind_listener(
+    path: str, mode: int, kind: socket.SocketKind = socket.SOCK_STREAM, *, backlog: int = 1024
+) -> Listener:
     """Bind and listen. A socket file that nobody answers is replaced; anything else in the way is left alone.
 
     Args:
@@ -81,8 +85,8 @@ def bind_listener(path: str, mode: int, *, backlog: int = 1024) -> Listener:
         raise Unavailable(
             "SOCKET_DIRECTORY_UNSAFE", "the public socket's directory is writable for others, or a link"
         )
-    _remove_stale(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    _remove_stale(path, kind)
+    sock = socket.socket(socket.AF_UNIX, kind)
     try:
         sock.bind(path)
         Path(path).chmod(mode)
@@ -94,13 +98,13 @@ def bind_listener(path: str, mode: int, *, backlog: int = 1024) -> Listener:
     return Listener(sock, path, _inode(path))
 
 
-def _remove_stale(path: str) -> None:
+def _remove_stale(path: str, kind: socket.SocketKind) -> None:
     found = _lstat(path)
     if found is None:
         return
     if not stat.S_ISSOCK(found.st_mode):
         raise Unavailable("SOCKET_PATH_TAKEN", "something that is not a socket is in the public socket's place")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)
         if probe.connect_ex(path) != errno.ECONNREFUSED:
             raise Unavailable("SOCKET_IN_USE", "another server answers at the public socket")

@@ -17,6 +17,7 @@ import grpc
 import structlog
 
 from cgpu_agent.domain.caller import Caller
+from cgpu_agent.domain.leases import Process
 from cgpu_agent.domain.policy import Decision
 from cgpu_agent.domain.quota import InFlight
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, Unavailable
@@ -31,6 +32,7 @@ log = structlog.get_logger()
 
 _caller: ContextVar[Caller] = ContextVar("caller")
 _begin: ContextVar[Callable[[Decision], Awaitable[None]]] = ContextVar("begin")
+_process: ContextVar[Process | None] = ContextVar("process")
 
 
 def current_caller() -> Caller:
@@ -46,11 +48,21 @@ async def put_on_record(decision: Decision) -> None:
     await _begin.get()(decision)
 
 
+def current_process() -> Process:
+    """The process that makes the RPC that is being served."""
+    process = _process.get()
+    if process is None:
+        raise _unknown()
+    return process
+
+
 class Connection(Protocol):
     """What the front door knows of one connection."""
 
     @property
     def caller(self) -> Caller | None: ...
+    @property
+    def identified(self) -> Process | None: ...
     @property
     def refusal(self) -> Denied | None: ...
     def check(self) -> None:
@@ -202,6 +214,7 @@ class Gate(grpc.aio.ServerInterceptor):
             caller = await self._for_policy(connection, caller)
             decision = self._permitted(caller, method)
             _caller.set(caller)
+            _process.set(connection.identified)
             with self._in_flight.hold(caller.uid):
                 _begin.set(begin)
                 if method not in BY_KEY:  # or whoever is refused would fill the log

@@ -3,12 +3,15 @@
 # gRPC names a service's methods and their parameters.
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 from cgpu_agent.api.v1 import keys_pb2, keys_pb2_grpc
 from cgpu_agent.domain.core import Core
 from cgpu_agent.errors import Denied
-from cgpu_agent.rpc.interceptor import current_caller, put_on_record
+from cgpu_agent.rpc.interceptor import current_caller, current_process, put_on_record
+from cgpu_agent.wire.sealed import SEGMENT_SIZES, ObjectName
 
 pb = keys_pb2
 
@@ -24,8 +27,8 @@ class KeysService(keys_pb2_grpc.KeysServicer):
         offers = [] if release is None else release.offers(current_caller())
         return pb.ListKeysResponse(
             keys=[
-                pb.KeyInfo(key=key.id, broker=key.broker, wrapped=wrapped, plain=plain)
-                for key, wrapped, plain in offers
+                pb.KeyInfo(key=key.id, broker=key.broker, wrapped=wrapped, plain=plain, opens=opens)
+                for key, wrapped, plain, opens in offers
             ]
         )
 
@@ -36,3 +39,16 @@ class KeysService(keys_pb2_grpc.KeysServicer):
         found = await self._core.release.get(current_caller(), request.key, request.recipient or None, put_on_record)
         secret = {"wrapped" if found.wrapped else "plain": found.secret}
         return pb.GetKeyResponse(context=found.context, **secret)
+
+    async def OpenSealed(self, request: pb.OpenSealedRequest, context: Any) -> AsyncIterator[pb.OpenSealedResponse]:
+        if self._core.opening is None:  # as for any key that the caller may not have
+            raise Denied("NOT_ALLOWED", "not allowed: no policy allows this")
+        name = ObjectName(request.key, request.object_id, request.object_version)
+        await self._core.started()
+        segment_size = request.segment_size or SEGMENT_SIZES["1MiB"]
+        steps = self._core.opening.open(
+            current_caller(), current_process(), request.lease, name, segment_size, put_on_record
+        )
+        async with contextlib.aclosing(steps):
+            async for step in steps:
+                yield pb.OpenSealedResponse(done=step.done, total=step.total, whole=step.whole)

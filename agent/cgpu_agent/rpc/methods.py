@@ -29,7 +29,7 @@ ACTIONS: Mapping[str, Action] = {
     _KEYS + "List": Action.KEY_LIST,
 }
 
-BY_KEY = frozenset({_KEYS + "Get"})
+BY_KEY = frozenset({_KEYS + "Get", _KEYS + "OpenSealed"})
 """Methods that policy decides by what they ask for: the domain asks it, for each key."""
 
 _SEALED = "/cgpu.agent.v1.SealedKeys/"

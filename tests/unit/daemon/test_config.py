@@ -19,7 +19,7 @@ EVERYTHING: dict[str, Any] = {
     "runtime_dir": "/run/x/private",
     "state_dir": "/var/lib/x",
     "policy": "/etc/x/policy.cedar",
-    "sockets": {"api": "/run/x/a.sock", "admin": "/run/x/b.sock"},
+    "sockets": {"api": "/run/x/a.sock", "admin": "/run/x/b.sock", "lease": "/run/x/c.sock"},
     "tpm": {
         "device": "swtpm:/run/x/tpm",
         "platform_ak_handle": 0x81010001,
@@ -47,7 +47,18 @@ EVERYTHING: dict[str, Any] = {
         "reattest_seconds": 600,
         "report_seconds": 20,
     },
-    "limits": {"connections": 1, "connections_per_uid": 2, "calls": 3, "calls_per_uid": 4, "keys_per_minute": 5},
+    "limits": {
+        "connections": 1,
+        "connections_per_uid": 2,
+        "calls": 3,
+        "calls_per_uid": 4,
+        "keys_per_minute": 5,
+        "leases": 6,
+        "leases_per_uid": 7,
+        "lease_mib": 8,
+        "lease_mib_per_uid": 9,
+        "lease_mib_in_all": 10,
+    },
     "sealed": {"approvals": "/run/x/approvals"},
     "egress": {"socket": "/run/x/egress.sock"},
     "openbao": {
@@ -169,6 +180,7 @@ def test_unknown_key_of_a_table_is_named_with_its_table(table: str) -> None:
         ("", "policy", ["", "policy.cedar", 1, [], "/nul\0", "Default"]),
         ("sockets", "api", ["", "agent.sock", 3, "/a\0b"]),
         ("sockets", "admin", ["", "agent.sock", 3.5]),
+        ("sockets", "lease", ["", "lease.sock", 3.5]),
         ("tpm", "device", ["", "/dev/tpmrm0", "device:/dev/tpm0", "device:tpmrm0", "tcp:host", 1, "swtpm:/a\0"]),
         ("tpm", "platform_ak_handle", [0x80000000, 0x82000000, -1, 1 << 40, "0x81000003", True, 1.0]),
         ("tpm", "create_platform_ak", ["", "yes", True, ["rsa"]]),
@@ -182,6 +194,7 @@ def test_unknown_key_of_a_table_is_named_with_its_table(table: str) -> None:
         ("platform", "collateral", ["", "collateral", 1]),
         ("limits", "connections", [0, -1, True, 1 << 32]),
         ("limits", "connections_per_uid", [0, "64"]),
+        ("limits", "lease_mib", [0, "1024", -1]),
         ("limits", "calls", [0, 1.5]),
         ("limits", "calls_per_uid", [0, []]),
     ],
@@ -193,7 +206,8 @@ def test_bad_value_is_refused_and_its_key_named(table: str, key: str, values: li
 
 
 def test_sockets_of_workloads_and_operators_must_differ() -> None:
-    assert "differ" in refusal({"sockets": {"api": "/run/a", "admin": "/run/a"}})
+    for pair in (("api", "admin"), ("api", "lease"), ("admin", "lease")):
+        assert "differ" in refusal({"sockets": dict.fromkeys(pair, "/run/a")})
 
 
 def test_file_is_read_whole_and_its_digest_is_of_its_bytes(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from cgpu_agent.errors import AgentError, Denied, Exhausted, Misuse, Unavailable
 from cgpu_agent.wire.audit import EMPTY, AuditRecord, follow
 from cgpu_agent.wire.bundle import parse_bundle, parse_statement
 from cgpu_agent.wire.delivery import parse_context
+from cgpu_agent.wire.sealed import ObjectName
 from fixtures.gpusessions import MovableClock
 from fixtures.machine import BOOT_ID, WORKLOAD, Machine
 
@@ -31,6 +32,8 @@ RULES = """
 when { principal.unit == "inference.service" && resource.group == "models" };
 @id("plain") permit(principal is CGpu::Workload, action == CGpu::Action::"key.get_plain",
   resource == CGpu::Key::"plain") when { principal.unit == "inference.service" };
+@id("opens") permit(principal is CGpu::Workload, action == CGpu::Action::"key.open",
+  resource == CGpu::Key::"models/llama") when { principal.unit == "inference.service" };
 """
 
 
@@ -269,11 +272,67 @@ def test_one_uid_cannot_ask_without_end(vault: Vault) -> None:
 
 
 def test_offers_are_what_the_caller_may_have(vault: Vault) -> None:
-    def offers(caller: Caller) -> list[tuple[str, bool, bool]]:
-        return [(key.id, wrapped, plain) for key, wrapped, plain in vault.release.offers(caller)]
+    def offers(caller: Caller) -> list[tuple[str, bool, bool, bool]]:
+        return [(key.id, *ways) for key, *ways in vault.release.offers(caller)]
 
-    assert offers(WORKLOAD) == [("models/llama", True, False), ("models/lost", True, False), ("plain", False, True)]
+    assert offers(WORKLOAD) == [
+        ("models/llama", True, False, True),
+        ("models/lost", True, False, False),
+        ("plain", False, True, False),
+    ]
     assert offers(STRANGER) == []
+    assert vault.release.may_open(WORKLOAD)
+    assert not vault.release.may_open(STRANGER)
+
+
+OBJECT = ObjectName("models/llama", "llama-70b", 1 << 63)
+
+
+def test_a_key_for_opening_goes_the_way_of_every_release(vault: Vault) -> None:
+    secret, still = asyncio.run(vault.release.open(WORKLOAD, OBJECT, vault.begin))
+    assert secret == SECRET
+    still()
+    (record,) = vault.records
+    assert (record.event, record.data["key"], record.data["policies"]) == ("key", "models/llama", ["opens"])
+    assert (record.data["how"], record.data["object"], record.data["version"]) == ("open", "llama-70b", str(1 << 63))
+    assert record.data["recipient"] is None
+    vault.epoch = 2
+    with pytest.raises(Unavailable) as raised:
+        still()
+    assert raised.value.slug == "TRUST_CHANGED"
+
+
+def test_a_permit_to_get_a_key_is_none_to_open_with_it_and_the_other_way(vault: Vault) -> None:
+    for name in ("plain", "models/lost", "models/none", "models/far"):
+        with pytest.raises(Denied) as raised:
+            asyncio.run(vault.release.open(WORKLOAD, ObjectName(name, "llama-70b", 1), vault.begin))
+        assert raised.value.message == "not allowed: no policy allows this"
+    with pytest.raises(Denied):
+        asyncio.run(vault.release.open(STRANGER, OBJECT, vault.begin))
+    vault.policy = Policy.load(RULES.partition('@id("opens")')[1] + RULES.partition('@id("opens")')[2], "test")
+    asyncio.run(vault.release.open(WORKLOAD, OBJECT, vault.begin))
+    assert vault.refusal("models/llama", recipient=Receiver().recipient).slug == "NOT_ALLOWED"
+    assert vault.refusal("models/llama").slug == "NOT_ALLOWED"
+
+
+@pytest.mark.parametrize("secret", [bytes(16), bytes(31), bytes(33)])
+def test_a_key_of_another_size_opens_nothing(vault: Vault, secret: bytes) -> None:
+    vault.broker.secret = secret
+    with pytest.raises(Unavailable) as raised:
+        asyncio.run(vault.release.open(WORKLOAD, OBJECT, vault.begin))
+    assert raised.value.slug == "KEY_NOT_FOR_OBJECTS"
+
+
+def test_opening_counts_against_the_same_rate(vault: Vault) -> None:
+    async def scenario() -> None:
+        release = vault.release
+        for _ in range(10):
+            await release.open(WORKLOAD, OBJECT, vault.begin)
+        with pytest.raises(Exhausted) as raised:
+            await release.open(WORKLOAD, OBJECT, vault.begin)
+        assert raised.value.slug == "KEY_LIMIT"
+
+    asyncio.run(scenario())
 
 
 class TestCredentials:

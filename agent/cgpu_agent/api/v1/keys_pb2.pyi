@@ -61,6 +61,7 @@ class KeyInfo(_message.Message):
     BROKER_FIELD_NUMBER: _builtins.int
     WRAPPED_FIELD_NUMBER: _builtins.int
     PLAIN_FIELD_NUMBER: _builtins.int
+    OPENS_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     """The agent's id of the key."""
     broker: _builtins.str
@@ -69,6 +70,8 @@ class KeyInfo(_message.Message):
     """You may have it wrapped to a public key of yours."""
     plain: _builtins.bool
     """You may have it in plain."""
+    opens: _builtins.bool
+    """You may have objects that are sealed under it opened."""
     def __init__(
         self,
         *,
@@ -76,10 +79,11 @@ class KeyInfo(_message.Message):
         broker: _builtins.str = ...,
         wrapped: _builtins.bool = ...,
         plain: _builtins.bool = ...,
+        opens: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["broker", b"broker", "key", b"key", "plain", b"plain", "wrapped", b"wrapped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["broker", b"broker", "key", b"key", "opens", b"opens", "plain", b"plain", "wrapped", b"wrapped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -141,3 +145,65 @@ class GetKeyResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_secret) -> _WhichOneofReturnType_secret | None: ...
 
 Global___GetKeyResponse: _TypeAlias = GetKeyResponse  # noqa: Y015
+
+@_typing.final
+class OpenSealedRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    OBJECT_ID_FIELD_NUMBER: _builtins.int
+    OBJECT_VERSION_FIELD_NUMBER: _builtins.int
+    SEGMENT_SIZE_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """As List gives it; the object must be sealed under this key id."""
+    lease: _builtins.bytes
+    """Id of a lease that this very process holds, and that came with a descriptor of the sealed object."""
+    object_id: _builtins.str
+    """What you expect the object to be; any other does not open."""
+    object_version: _builtins.int
+    segment_size: _builtins.int
+    """Every how many bytes it is cut: 1048576 (also if 0) or 4096."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        lease: _builtins.bytes = ...,
+        object_id: _builtins.str = ...,
+        object_version: _builtins.int = ...,
+        segment_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "lease", b"lease", "object_id", b"object_id", "object_version", b"object_version", "segment_size", b"segment_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenSealedRequest: _TypeAlias = OpenSealedRequest  # noqa: Y015
+
+@_typing.final
+class OpenSealedResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DONE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    WHOLE_FIELD_NUMBER: _builtins.int
+    done: _builtins.int
+    """Bytes of verified plaintext in the memory, from its start, and how many there will be."""
+    total: _builtins.int
+    whole: _builtins.bool
+    """This is all of it; see OpenSealed."""
+    def __init__(
+        self,
+        *,
+        done: _builtins.int = ...,
+        total: _builtins.int = ...,
+        whole: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "total", b"total", "whole", b"whole"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenSealedResponse: _TypeAlias = OpenSealedResponse  # noqa: Y015

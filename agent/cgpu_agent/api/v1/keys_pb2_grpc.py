@@ -44,6 +44,11 @@ class KeysStub(object):
                 request_serializer=cgpu__agent_dot_api_dot_v1_dot_keys__pb2.GetKeyRequest.SerializeToString,
                 response_deserializer=cgpu__agent_dot_api_dot_v1_dot_keys__pb2.GetKeyResponse.FromString,
                 _registered_method=True)
+        self.OpenSealed = channel.unary_stream(
+                '/cgpu.agent.v1.Keys/OpenSealed',
+                request_serializer=cgpu__agent_dot_api_dot_v1_dot_keys__pb2.OpenSealedRequest.SerializeToString,
+                response_deserializer=cgpu__agent_dot_api_dot_v1_dot_keys__pb2.OpenSealedResponse.FromString,
+                _registered_method=True)
 
 
 class KeysServicer(object):
@@ -63,6 +68,15 @@ class KeysServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenSealed(self, request, context):
+        """Opens a sealed object into memory that you lease from the agent (docs/sealed-objects.md); you never have its key. Who may,
+        policy says for each key (action "key.open"). Default: DENIED. The memory holds the object when a message says "whole"
+        AND the stream has ended with OK: read to the end. Whatever ends it otherwise wipes the memory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KeysServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +89,11 @@ def add_KeysServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=cgpu__agent_dot_api_dot_v1_dot_keys__pb2.GetKeyRequest.FromString,
                     response_serializer=cgpu__agent_dot_api_dot_v1_dot_keys__pb2.GetKeyResponse.SerializeToString,
+            ),
+            'OpenSealed': grpc.unary_stream_rpc_method_handler(
+                    servicer.OpenSealed,
+                    request_deserializer=cgpu__agent_dot_api_dot_v1_dot_keys__pb2.OpenSealedRequest.FromString,
+                    response_serializer=cgpu__agent_dot_api_dot_v1_dot_keys__pb2.OpenSealedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +150,33 @@ class Keys(object):
             '/cgpu.agent.v1.Keys/Get',
             cgpu__agent_dot_api_dot_v1_dot_keys__pb2.GetKeyRequest.SerializeToString,
             cgpu__agent_dot_api_dot_v1_dot_keys__pb2.GetKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenSealed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cgpu.agent.v1.Keys/OpenSealed',
+            cgpu__agent_dot_api_dot_v1_dot_keys__pb2.OpenSealedRequest.SerializeToString,
+            cgpu__agent_dot_api_dot_v1_dot_keys__pb2.OpenSealedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,11 @@ class KeysStub:
     """The keys that you may have now, and in which way. Default: allowed; without a permit for any key the list is empty."""
     Get: _grpc.UnaryUnaryMultiCallable[_keys_pb2.GetKeyRequest, _keys_pb2.GetKeyResponse]
     """A key. Who may have it, policy says for each key (actions "key.get" and "key.get_plain"). Default: DENIED."""
+    OpenSealed: _grpc.UnaryStreamMultiCallable[_keys_pb2.OpenSealedRequest, _keys_pb2.OpenSealedResponse]
+    """Opens a sealed object into memory that you lease from the agent (docs/sealed-objects.md); you never have its key. Who may,
+    policy says for each key (action "key.open"). Default: DENIED. The memory holds the object when a message says "whole"
+    AND the stream has ended with OK: read to the end. Whatever ends it otherwise wipes the memory.
+    """
 
 @_typing.type_check_only
 class KeysAsyncStub(KeysStub):
@@ -43,6 +48,11 @@ class KeysAsyncStub(KeysStub):
     """The keys that you may have now, and in which way. Default: allowed; without a permit for any key the list is empty."""
     Get: _aio.UnaryUnaryMultiCallable[_keys_pb2.GetKeyRequest, _keys_pb2.GetKeyResponse]  # type: ignore[assignment]
     """A key. Who may have it, policy says for each key (actions "key.get" and "key.get_plain"). Default: DENIED."""
+    OpenSealed: _aio.UnaryStreamMultiCallable[_keys_pb2.OpenSealedRequest, _keys_pb2.OpenSealedResponse]  # type: ignore[assignment]
+    """Opens a sealed object into memory that you lease from the agent (docs/sealed-objects.md); you never have its key. Who may,
+    policy says for each key (action "key.open"). Default: DENIED. The memory holds the object when a message says "whole"
+    AND the stream has ended with OK: read to the end. Whatever ends it otherwise wipes the memory.
+    """
 
 class KeysServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -60,5 +70,16 @@ class KeysServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_keys_pb2.GetKeyResponse, _abc.Awaitable[_keys_pb2.GetKeyResponse]]:
         """A key. Who may have it, policy says for each key (actions "key.get" and "key.get_plain"). Default: DENIED."""
+
+    @_abc_1.abstractmethod
+    def OpenSealed(
+        self,
+        request: _keys_pb2.OpenSealedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_keys_pb2.OpenSealedResponse], _abc.AsyncIterator[_keys_pb2.OpenSealedResponse]]:
+        """Opens a sealed object into memory that you lease from the agent (docs/sealed-objects.md); you never have its key. Who may,
+        policy says for each key (action "key.open"). Default: DENIED. The memory holds the object when a message says "whole"
+        AND the stream has ended with OK: read to the end. Whatever ends it otherwise wipes the memory.
+        """
 
 def add_KeysServicer_to_server(servicer: KeysServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,143 @@
+"""Who has which memory on lease: quotas before anything is made, and to everybody else a lease does not exist."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cgpu_agent.backends.memory import SharedMemory
+from cgpu_agent.domain.caller import Caller
+from cgpu_agent.errors import Denied, Exhausted, Misuse
+from cgpu_agent.wire.lease import ID_SIZE
+
+
+class Process(Protocol):
+    """A caller's process, as the kernel identifies it."""
+
+    @property
+    def caller(self) -> Caller: ...
+
+    def is_same_process(self, other: Any) -> bool:
+        """Whether the other is this very process, and lives."""
+
+    def still_the_same(self) -> None:
+        """Raises ``Denied`` when it is gone or is not what it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseLimits:
+    """Bytes of one lease, of all leases of one uid, and of all in all."""
+
+    each: int
+    per_uid: int
+    total: int
+
+
+class Lease:
+    """Memory on lease; ``busy`` while it is being filled.
+
+    Attributes:
+        id: 128 random bits. It names the lease and gives no right to it.
+    """
+
+    def __init__(self, holder: Process, memory: SharedMemory, source: int | None) -> None:
+        self.id = secrets.token_bytes(ID_SIZE)
+        self.holder = holder
+        self.memory = memory
+        self.busy = False
+        self._source = source
+        self._lock = threading.Lock()
+
+    def source(self) -> int:
+        """A descriptor of the sealed object that came with the lease, for the asker to close. It outlives the lease:
+        a number that was closed and given out again would be another file.
+
+        Raises ``Misuse`` (``NO_SOURCE``).
+        """
+        with self._lock:
+            if self._source is None:
+                raise Misuse("NO_SOURCE", "the lease came without a descriptor of a sealed object, or has ended")
+            return os.dup(self._source)
+
+    def close(self) -> None:
+        """Wipe, and let go of memory and source."""
+        with self._lock:
+            self._source = None
+        self.memory.close()
+
+
+class Leases:
+    """All leases. Any thread may use it."""
+
+    def __init__(self, limits: LeaseLimits) -> None:
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._table: dict[bytes, Lease] = {}
+        self._bytes: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @contextlib.contextmanager
+    def granted(self, holder: Process, size: int, source: int | None) -> Iterator[Lease]:
+        """A new lease, which ends with the block, whatever happens there. ``source`` stays its owner's.
+
+        Raises:
+            Misuse: ``LEASE_SIZE``.
+            Exhausted: ``LEASE_LIMIT``.
+            Unavailable: ``NO_MEMORY``.
+        """
+        with self._charged(holder.caller.uid, size):
+            lease = Lease(holder, SharedMemory(size), source)
+            try:
+                with self._lock:
+                    self._table[lease.id] = lease
+                yield lease
+            finally:
+                with self._lock:
+                    self._table.pop(lease.id, None)
+                lease.close()
+
+    @contextlib.contextmanager
+    def borrowed(self, name: bytes, process: Process) -> Iterator[Lease]:
+        """The lease of this name, for one use at a time, if this process holds it.
+
+        Raises:
+            Denied: ``NO_LEASE``, also for somebody else's; as ``still_the_same``.
+            Exhausted: ``LEASE_BUSY``.
+        """
+        with self._lock:
+            lease = self._table.get(name)
+            if lease is None or not lease.holder.is_same_process(process):
+                raise Denied("NO_LEASE", "this process holds no such lease")
+            if lease.busy:
+                raise Exhausted("LEASE_BUSY", "the lease is being filled already", retry_after=0.5)
+            lease.busy = True
+        try:
+            lease.holder.still_the_same()
+            yield lease
+        finally:
+            lease.busy = False
+
+    @contextlib.contextmanager
+    def _charged(self, uid: int, size: int) -> Iterator[None]:
+        limits = self._limits
+        if not 1 <= size <= limits.each:
+            raise Misuse("LEASE_SIZE", f"a lease has 1 to {limits.each} bytes here (limits.lease_mib)")
+        with self._lock:
+            if self._bytes.get(uid, 0) + size > limits.per_uid or self._bytes.total() + size > limits.total:
+                raise Exhausted("LEASE_LIMIT", "too much memory is on lease; end a lease, or wait", retry_after=1.0)
+            self._bytes[uid] += size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._bytes[uid] -= size
+                if not self._bytes[uid]:
+                    del self._bytes[uid]
