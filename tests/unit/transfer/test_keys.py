@@ -23,9 +23,7 @@ def expand(secret: bytes, label: bytes, size: int, *, way: int, channel: int, se
     return hmac.digest(secret, info + b"\1", "sha384")[:size]
 
 
-def made(
-    *, session: int = 7, channel: int = 5, direction: Direction = Direction.TO_HOST, slots: int = 3
-) -> SlotKeys:
+def made(*, session: int = 7, channel: int = 5, direction: Direction = Direction.TO_HOST, slots: int = 3) -> SlotKeys:
     return SlotKeys(EXPORTER, session=session, channel=channel, direction=direction, slots_per_key=slots)
 
 
