@@ -285,7 +285,9 @@ class TransferSession:
 
 
 def listen(path: Path) -> socket.socket:
-    """A socket on which rings are taken."""
+    """A socket on which rings are taken, in the place of one that a killed process left behind."""
+    if path.is_socket():
+        path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         listener.bind(str(path))
