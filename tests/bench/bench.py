@@ -28,6 +28,7 @@ from objects import objects
 from offline import offline
 from online import SLOW_QUOTE_SECONDS, World, evidence, front_door, in_turns, one_bundle, quotes, running
 from ratios import Pair, show
+from transfer import transfers
 from world import HEALTH, proportional_memory
 
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "bench.json"
@@ -107,6 +108,8 @@ def measure(world: World, home: Path, effort: Effort, say: Callable[[str], None]
         print(f"GPUs: {lacking}", file=sys.stderr)
     say("sealed objects")
     found["sealed objects"] = objects(rounds=effort.rounds // 2, seconds=effort.offline_seconds)
+    say("transfers")
+    found["transfers"] = transfers(rounds=effort.rounds // 2, seconds=effort.offline_seconds, times=effort.gpu_times)
     say("key brokers")
     found["key brokers"], lacking = openbao(home / "b", rounds=effort.rounds // 2, seconds=effort.evidence_seconds)
     if lacking:
