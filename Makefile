@@ -1,12 +1,13 @@
 # "make help" lists every target; the two that matter are "make demo" and "make test".
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench campaign install uninstall dist clean
+.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench campaign hostile-host install uninstall dist clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 PREFIX ?= /usr
 DESTDIR ?=
 MUTANTS ?= 100000
+N ?= 100000
 SOURCES := agent tests packaging
 
 help: ## list the targets
@@ -56,6 +57,9 @@ bench: dev ## measure; ratios on the terminal, numbers in build/bench.json
 campaign: dev ## 100,000 mutants of evidence bundles, none may be accepted (MUTANTS=n), and every flipped byte of GPU reports
 	cd tests && ../$(BIN)/python -m fuzz.campaign --mutants $(MUTANTS)
 	HYPOTHESIS_PROFILE=campaign $(BIN)/python -m pytest tests/fuzz
+
+hostile-host: dev ## 100,000 interferences with encrypted transfers (N=n), none may be accepted
+	INTERFERENCES=$(N) $(BIN)/python -m pytest --timeout 0 tests/attacks/test_transfer_host.py
 
 install: ## install units, configuration, policy and man pages (DESTDIR, PREFIX); the package itself by pip
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system/cgpu-agent.service.d $(DESTDIR)$(PREFIX)/lib/systemd/system/dev-tpmrm0.device.d

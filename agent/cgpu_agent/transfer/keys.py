@@ -2,7 +2,7 @@
 
     secret 0     = HKDF-Expand-SHA384(exporter of the session, "secret" context)
     key e        = HKDF-Expand-SHA384(secret e, "key" context), 32 bytes
-    secret e + 1 = HKDF-Expand-SHA384(secret e, "next" context), 48 bytes; secret e is overwritten
+    secret e + 1 = HKDF-Expand-SHA384(secret e, "next" context of e + 1), 48 bytes; secret e is overwritten
     context      = direction u8 || channel u32be || session u64be || epoch u32be
 
 Epoch e has the slots from e * SLOTS_PER_KEY on, so both ends change keys at the same slot and no word passes between
