@@ -72,7 +72,7 @@ class Engine:
         return future
 
     def remove(self, channel: Channel) -> None:
-        """Close a channel; transfers that wait are cancelled. Idempotent."""
+        """Close a channel; transfers that wait are cancelled. Idempotent. Not from within the channel's own work."""
         with self._lock:
             lane = self._lanes.pop(channel, None)
         channel.close()

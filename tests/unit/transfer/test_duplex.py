@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cgpu_agent.errors import AgentError, DeviceFault, HostileInput, Misuse, Unavailable
+from cgpu_agent.transfer import ring
 from cgpu_agent.transfer.duplex import ChannelName, Duplex
 from cgpu_agent.transfer.keys import SLOTS_PER_KEY
 from cgpu_agent.transfer.memory import PrivateMemory
@@ -168,14 +170,19 @@ def test_stopping_one_who_waits(both: Both) -> None:
     assert refusal(lambda: both.device.sealer.send(Kind.DONE, 1)) == "TRANSFER_STOPPED"
 
 
-def test_a_sleeper_is_woken(both: Both) -> None:
-    """Without its bell it would sleep on for as long as the stall allows; the flag says that it sleeps."""
+def test_a_sleeper_is_woken(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its bell it would sleep on for hours; the flag says that it sleeps."""
+    monkeypatch.setattr(ring, "_SHORT_NAP", 1 << 30)
     found: list[bytes] = []
     waiting = threading.Thread(target=lambda: found.append(both.open()))
     waiting.start()
+    while not both.ring.hint(Direction.TO_DEVICE, Hint.READER_SLEEPS):
+        time.sleep(0.001)
+    time.sleep(0.01)
     both.write(b"data")
     waiting.join()
     assert found == [b"data"]
+    assert not both.ring.hint(Direction.TO_DEVICE, Hint.READER_SLEEPS)
 
 
 def test_death_forgets_and_lets_go() -> None:

@@ -280,8 +280,9 @@ class TransferSession:
         duplex = Duplex(End(ring, ours, theirs, lifeline), self._exporter, name, Direction.TO_HOST)
         peer = Peer(duplex, self._memory)
         self._peers.append(peer)
-        lifeline.send(ACCEPTED)
-        peer.start()
+        peer.start()  # from here on it lets go of everything, whatever happens
+        with contextlib.suppress(OSError):
+            lifeline.send(ACCEPTED)
 
 
 def listen(path: Path) -> socket.socket:
