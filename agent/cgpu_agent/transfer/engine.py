@@ -75,9 +75,11 @@ class Engine:
         """Close a channel; transfers that wait are cancelled. Idempotent. Not from within the channel's own work."""
         with self._lock:
             lane = self._lanes.pop(channel, None)
+        if lane is not None:
+            lane.worker.shutdown(wait=False, cancel_futures=True)
         channel.close()
         if lane is not None:
-            lane.worker.shutdown(wait=True, cancel_futures=True)
+            lane.worker.shutdown()
 
     def close(self) -> None:
         """Close all channels."""
