@@ -352,7 +352,7 @@ def test_slots_edited_while_they_are_sealed_and_opened(mask: str, monkeypatch: p
         handle, honest = site.allocate(ROOM), site.channel()
         outcomes: Counter[str] = Counter()
         with hammering(host.agent.fd, SEED) as flips:
-            for turn in range(max(20, INTERFERENCES // 10)):
+            for turn in range(max(20, INTERFERENCES // 20)):
                 size = rng.choice([4096, 60000, SLOT_SIZE + 60000])
                 data, before, after, out = marked(rng, size), bytearray(ROOM), bytearray(ROOM), bytearray(size)
                 honest.read_into(handle, 0, before)

@@ -125,10 +125,9 @@ class End:
             DeviceFault: ``TRANSFER_STALLED``, ``TRANSFER_PEER_GONE``.
             and what ``ready`` raises.
         """
-        for _ in range(_SPINS):
+        for _ in range(_SPINS):  # without yielding: on a busy machine that would give a time slice away each time
             if ready():
                 return
-            os.sched_yield()
         self.ring.words[sleeps] = 1
         try:
             self._sleep(ready, None if seconds is None else time.monotonic() + seconds)
