@@ -1,6 +1,6 @@
 # "make help" lists every target; the two that matter are "make demo" and "make test".
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench campaign kills install uninstall dist clean
+.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench campaign kills hostile-host install uninstall dist clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,6 +8,7 @@ PREFIX ?= /usr
 DESTDIR ?=
 MUTANTS ?= 100000
 KILLS ?= 500
+N ?= 100000
 SOURCES := agent tests packaging
 
 help: ## list the targets
@@ -60,6 +61,9 @@ campaign: dev ## 100,000 mutants of evidence bundles, none may be accepted (MUTA
 
 kills: dev ## 500 times kill -9 under load: the agent, its TPM, the machine, OpenBao; no key may be lost (KILLS=n, SEED=n)
 	cd tests && ../$(BIN)/python -m fixtures.kills --rounds $(KILLS) $(if $(SEED),--seed $(SEED))
+
+hostile-host: dev ## 100,000 interferences with encrypted transfers (N=n), none may be accepted
+	INTERFERENCES=$(N) $(BIN)/python -m pytest --timeout 0 tests/attacks/test_transfer_host.py
 
 install: ## install units, configuration, policy and man pages (DESTDIR, PREFIX); the package itself by pip
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system/cgpu-agent.service.d $(DESTDIR)$(PREFIX)/lib/systemd/system/dev-tpmrm0.device.d

@@ -322,7 +322,7 @@ def test_who_dies_while_the_broker_works_leaves_the_key_to_nobody() -> None:
     with releasing(files=lambda folder: os.mkfifo(folder / "slow.key", 0o600)) as (daemon, _), ExitStack() as stack:
         ours, theirs = map(stack.enter_context, socket.socketpair())
         maker = stack.enter_context(
-            caller(socket=daemon.socket, uid=None, via=theirs.fileno(), pass_fds=(theirs.fileno(),))
+            caller((), {}, socket=daemon.socket, uid=None, via=theirs.fileno(), pass_fds=(theirs.fileno(),))
         )
         stack.callback(maker.kill)
         _, (fd,), _, _ = socket.recv_fds(ours, 1, 1)

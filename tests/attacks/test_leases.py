@@ -280,7 +280,9 @@ def test_another_process_that_knows_the_id_has_no_lease() -> None:
             stranger = stack.enter_context(lending.caller(other=True))
             told = set()
             for process, lease in ((me, name), (stranger, name), (me, bytes(16)), (me, b""), (me, name + b"\0")):
-                error = await refusal(lending.opening.open(process.caller, process, lease, NAME, CUT).__anext__())
+                error = await refusal(
+                    lending.opening.open(process.caller, process, lease, NAME, CUT, lending.begin).__anext__()
+                )
                 assert isinstance(error, Denied)
                 told.add((error.slug, error.message))
             assert len(told) == 1
@@ -297,7 +299,7 @@ def test_another_uid_with_the_same_pid_is_another_process() -> None:
         with lending.caller() as me:
             assert me.is_same_process(lending.leases._table[taken.id].holder)
             me.caller = type(me.caller)(**{**me.caller.claims(), "uid": 12345, "groups": ()})  # type: ignore[arg-type]
-            error = await refusal(lending.opening.open(me.caller, me, taken.id, NAME, CUT).__anext__())
+            error = await refusal(lending.opening.open(me.caller, me, taken.id, NAME, CUT, lending.begin).__anext__())
             assert error.slug == "NO_LEASE"
         taken.close()
 
@@ -360,7 +362,8 @@ def test_an_object_comes_whole_and_is_said_to_be() -> None:
         assert taken.content() == PLAIN
         assert lending.opening._slots.running == 0
         assert descriptors() <= before
-        (record,) = lending.records
+        call, record = lending.records
+        assert call.event == "call"
         assert (record.event, record.data["how"], record.data["object"]) == ("key", "open", "models/tiny")
         taken.close()
 
@@ -626,7 +629,7 @@ def test_who_takes_no_messages_is_cut_and_wiped(monkeypatch: pytest.MonkeyPatch)
 
         async def lazily() -> None:
             with lending.caller() as process:
-                steps = lending.opening.open(process.caller, process, taken.id, NAME, CUT)
+                steps = lending.opening.open(process.caller, process, taken.id, NAME, CUT, lending.begin)
                 async with contextlib.aclosing(steps):
                     await steps.__anext__()
                     await asyncio.Event().wait()

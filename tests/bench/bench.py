@@ -28,6 +28,7 @@ from objects import objects
 from offline import offline
 from online import SLOW_QUOTE_SECONDS, World, evidence, front_door, in_turns, one_bundle, quotes, running
 from ratios import Pair, show
+from transfer import transfers
 from world import HEALTH, proportional_memory
 
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "bench.json"
@@ -113,6 +114,8 @@ def measure(world: World, home: Path, effort: Effort, say: Callable[[str], None]
     found["sealed objects"] = objects(rounds=effort.rounds // 2, seconds=effort.offline_seconds)
     say("key releases")
     found["key releases"] = releases(world, home / "k", rounds=effort.rounds // 2, calls=effort.door_calls // 2)
+    say("transfers")
+    found["transfers"] = transfers(rounds=effort.rounds // 2, seconds=effort.offline_seconds, times=effort.gpu_times)
     say("key brokers")
     found["key brokers"], lacking = openbao(home / "b", rounds=effort.rounds // 2, seconds=effort.evidence_seconds)
     if lacking:

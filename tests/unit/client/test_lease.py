@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import threading
@@ -16,6 +17,12 @@ from cgpu_agent.errors import AgentError, Exhausted, HostileInput, Unavailable
 from cgpu_agent.wire.lease import LeaseRequest, encode_grant, encode_refusal
 
 ID = bytes(range(16))
+
+
+def descriptors() -> int:
+    """How many are open, once the garbage of other tests is gone."""
+    gc.collect()
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def memory(size: int) -> int:
@@ -74,10 +81,10 @@ def test_a_grant_is_mapped_read_only(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_a_lease(tmp_path: Path) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = descriptors()
     with agent(tmp_path, granting(4096)) as path:
         take(path, 4096).close()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert descriptors() == before
 
 
 @pytest.mark.parametrize(
@@ -86,10 +93,10 @@ def test_nothing_is_left_of_a_lease(tmp_path: Path) -> None:
     ids=["too small", "no memory", "nonsense", "too long"],
 )
 def test_what_is_no_grant_is_refused_and_closed(tmp_path: Path, answer: Callable[[socket.socket], None]) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = descriptors()
     with agent(tmp_path, answer) as path, pytest.raises(HostileInput):
         take(path, 4096)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert descriptors() == before
 
 
 def test_a_refusal_is_the_error_that_it_is_even_before_the_request_was_read(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from cgpu_agent.backends.gpu.software.frames import MAX_GPUS
 from cgpu_agent.backends.gpu.software.make import DRIVER, MODEL, VBIOS, Device, Maker, blocks
 from cgpu_agent.backends.gpu.software.responder import Responder
 from cgpu_agent.backends.gpu.software.rims import collateral
+from cgpu_agent.backends.gpu.software.transferdevice import Door, TransferSession
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.wire.spdm import NONCE_SIZE, Measurement
 from cgpu_agent.wire.strictjson import Fields, b64
@@ -61,6 +62,7 @@ class Board:
         self._generation = 0
         self._ready = False
         self._hangs = False
+        self.door: Final = Door()
 
     # --- what the transport asks ---
 
@@ -75,11 +77,16 @@ class Board:
     def responder(self, endpoint: int) -> Responder:
         """The SPDM side of a GPU, for one connection and its present identity."""
         gpu = self._gpus[endpoint]
+
+        def command(payload: bytes) -> bytes:
+            return self._gpu_command(gpu, payload)
+
         return Responder(
             self._shown(gpu),
             lambda: self._blocks(gpu),
-            lambda payload: self._gpu_command(gpu, payload),
+            command,
             lambda message: _flip(message, _FIRST_VALUE_1_2) if "edited-measurement" in gpu.bad else message,
+            lambda number, exporter: TransferSession(number, exporter, self.door, command),
         )
 
     def stale(self, responder: Responder, endpoint: int) -> bool:

@@ -19,6 +19,7 @@ from cgpu_agent.backends.gpu.software.commands import Inventory
 from cgpu_agent.backends.gpu.software.frames import DRIVER
 from cgpu_agent.backends.gpu.software.link import Link
 from cgpu_agent.backends.gpu.software.requester import Requester, Session, chain_pem
+from cgpu_agent.backends.gpu.software.transferclient import Transfers
 from cgpu_agent.errors import DeviceFault, HostileInput, Misuse, Unavailable
 from cgpu_agent.wire.spdm import MAX_REPORT, NONCE_SIZE
 from cgpu_agent.wire.strictjson import Fields
@@ -150,6 +151,10 @@ class SoftwareGpus:
         except BaseException:
             link.close()
             raise
+
+    async def establish_transfers(self, uuid: str, *, timeout: float) -> Transfers:
+        """Open an SPDM session with a GPU for encrypted transfers. Raises as ``establish_session``."""
+        return Transfers(await self.establish_session(uuid, timeout=timeout), self._path)
 
     async def collateral(self, *, timeout: float) -> dict[str, bytes]:
         """What a relying party needs to judge these GPUs: file name -> content. Raises ``DeviceFault``."""

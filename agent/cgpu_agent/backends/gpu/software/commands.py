@@ -16,7 +16,7 @@ from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.strictjson import Fields
 
 MAX_JSON: Final = 0xFFFF
-FAULTS: Final = frozenset({"unsupported", "bad-request"})
+FAULTS: Final = frozenset({"unsupported", "bad-request", "exhausted"})
 MISBEHAVIOURS: Final = (
     "wrong-nonce",
     "edited-measurement",

@@ -19,6 +19,7 @@ from cgpu_agent.backends.gpu.software.frames import DRIVER, Frame, Kind, read_fr
 from cgpu_agent.backends.gpu.software.make import Maker
 from cgpu_agent.backends.gpu.software.pki import SEED_SIZE, Seed
 from cgpu_agent.backends.gpu.software.responder import Responder
+from cgpu_agent.backends.gpu.software.transferdevice import door_of, listen
 from cgpu_agent.errors import AgentError, HostileInput, Misuse
 from cgpu_agent.wire import spdm12
 from cgpu_agent.wire.spdm12 import Code, ErrorCode
@@ -47,6 +48,8 @@ class Device:
             pass  # the peer left, broke the framing, or the process ends: in each case only this connection does
         finally:
             self._connections -= 1
+            for responder in responders.values():
+                responder.close()
             writer.close()
 
     def _answer(self, frame: Frame, responders: dict[int, Responder]) -> Frame | None:
@@ -128,11 +131,15 @@ async def run(board: Board, socket: Path) -> None:
     before = os.umask(0o177)
     try:
         server = await asyncio.start_unix_server(Device(board).serve, socket)
+        listener = listen(door_of(socket))
     finally:
         os.umask(before)
+    rings = loop.create_task(board.door.serve(listener))
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     await stop.wait()
+    rings.cancel()
+    listener.close()
     server.close()
 
 
@@ -171,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             asyncio.run(run(board, arguments.socket))
         finally:
-            arguments.socket.unlink(missing_ok=True)
+            for path in (arguments.socket, door_of(arguments.socket)):
+                path.unlink(missing_ok=True)
     except (AgentError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 2

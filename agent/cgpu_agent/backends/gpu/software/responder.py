@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -38,15 +38,26 @@ class _Refusal(Exception):
         self.code = code
 
 
+class Inside(Protocol):
+    """What a session can be asked, from the moment that it is open."""
+
+    def vendor(self, payload: bytes) -> bytes:
+        """Answer the payload of a vendor-defined request. Raises ``HostileInput`` for a bad one."""
+
+    def close(self) -> None:
+        """The session is over."""
+
+
 @dataclass(slots=True)
 class _Session:
-    """A session being made (``secret`` and ``finished`` are set) or open (both empty)."""
+    """A session being made (``secret`` and ``finished`` are set) or open (both empty, and ``inside`` is set)."""
 
     number: int
     lanes: Lanes
     transcript: spdm12keys.Transcript
     secret: bytes
     finished: bytes
+    inside: Inside | None = None
 
 
 class Responder:
@@ -57,6 +68,8 @@ class Responder:
         blocks: what it measured, asked anew each time.
         vendor: answers the payload of a vendor-defined request; raises ``HostileInput`` for a bad one.
         alter: bends a signed MEASUREMENTS on its way out.
+        within: makes what answers vendor-defined requests in a session of this number and Export Master Secret;
+            without it ``vendor`` does.
     """
 
     def __init__(
@@ -65,11 +78,13 @@ class Responder:
         blocks: Callable[[], list[Measurement]],
         vendor: Callable[[bytes], bytes],
         alter: Callable[[bytes], bytes] = bytes,
+        within: Callable[[int, bytes], Inside] | None = None,
     ) -> None:
         self.device: Final = device
         self._blocks: Final = blocks
         self._vendor: Final = vendor
         self._alter: Final = alter
+        self._within: Final = within
         self._state = _State.START
         self._vca = spdm12keys.Transcript()
         self._measuring: spdm12keys.Transcript | None = None
@@ -97,8 +112,14 @@ class Responder:
             lanes = active.lanes
             return lanes.send.seal(self._answer_sealed(active, lanes.receive.open(record)))
         except HostileInput:
-            self._session = None
+            self.close()
             return None
+
+    def close(self) -> None:
+        """End the session, if there is one."""
+        active, self._session = self._session, None
+        if active is not None and active.inside is not None:
+            active.inside.close()
 
     def _dispatch(self, code: int, message: bytes) -> bytes:
         if code == Code.GET_VERSION:
@@ -127,7 +148,7 @@ class Responder:
 
     def _version(self, message: bytes) -> bytes:
         spdm12.require_exactly(message, spdm12.GET_VERSION)
-        self._session = None
+        self.close()
         self._vca = spdm12keys.Transcript(message + spdm12.VERSION_RESPONSE)
         self._state = _State.VERSION
         return spdm12.VERSION_RESPONSE
@@ -140,8 +161,9 @@ class Responder:
         self._state = _State(needed + 1)
         return response
 
-    def _vendor_defined(self, message: bytes) -> bytes:
-        answer = self._vendor(spdm12.parse_vendor(message, response=False))
+    def _vendor_defined(self, message: bytes, inside: Inside | None = None) -> bytes:
+        payload = spdm12.parse_vendor(message, response=False)
+        answer = inside.vendor(payload) if inside is not None else self._vendor(payload)
         return spdm12.encode_vendor(answer, response=True)
 
     def _digests(self, message: bytes) -> bytes:
@@ -201,10 +223,10 @@ class Responder:
             return self._finish(active, message)
         if code == Code.END_SESSION:
             spdm12.require_exactly(message, session.END_SESSION)
-            self._session = None
+            self.close()
             return session.END_SESSION_ACK
         if code == Code.VENDOR_DEFINED_REQUEST:
-            return self._vendor_defined(message)
+            return self._vendor_defined(message, active.inside)
         return spdm12.encode_error(ErrorCode.UNSUPPORTED_REQUEST)
 
     def _finish(self, active: _Session, message: bytes) -> bytes:
@@ -218,4 +240,6 @@ class Responder:
         keys = spdm12keys.application_keys(active.secret, active.transcript.digest())
         active.lanes = Lanes(active.number, keys, requester=False)
         active.secret = active.finished = b""
+        if self._within is not None:
+            active.inside = self._within(active.number, keys.exporter)
         return session.FINISH_RESPONSE
