@@ -20,6 +20,7 @@ from cgpu_agent.rpc.admission import DoorLimits
 from cgpu_agent.rpc.environment import self_check_environment
 from cgpu_agent.rpc.frontdoor import FrontDoor
 from cgpu_agent.rpc.identify import Identified, Identifier
+from cgpu_agent.rpc.peer import SO_PASSRIGHTS
 from cgpu_agent.rpc.pump import BUFFER_SIZE
 from frontdoor_kit import SERVICE, Client, Kit, call, connect, descriptors, entries, needs_root, until, with_kit
 
@@ -146,6 +147,26 @@ def test_what_a_used_up_budget_left_is_moved_in_the_next_turn() -> None:
     with_kit(scenario, DoorLimits(bytes_per_wake=1), serve=False, opened=False)
 
 
+def refuses_descriptors() -> bool:
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            return sock.getsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS) == 1
+        except OSError:
+            return False
+
+
+@pytest.mark.skipif(not refuses_descriptors(), reason="this kernel cannot refuse descriptors (Linux 6.16)")
+def test_descriptors_cannot_be_sent_to_the_door() -> None:
+    """Dropping one can hang where its file system is the sender's own."""
+
+    async def scenario(kit: Kit) -> None:
+        with connect(kit.public) as sock, pytest.raises(PermissionError):
+            socket.send_fds(sock, [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], [sock.fileno()])
+
+    with_kit(scenario)
+
+
+@pytest.mark.skipif(refuses_descriptors(), reason="they cannot even be sent")
 def test_descriptors_sent_to_the_door_are_not_kept() -> None:
     async def scenario(kit: Kit) -> None:
         with connect(kit.public) as sock:

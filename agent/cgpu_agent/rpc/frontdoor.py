@@ -65,6 +65,8 @@ class FrontDoor:
         on_close: Callable[[Identified], None] | None = None,
     ) -> None:
         self._listeners = list(listeners)
+        for listener in self._listeners:
+            peer.refuse_descriptors(listener.sock)
         self._directory = PrivateDirectory(inner)
         self._identifier = identifier
         self._limits = limits or DoorLimits()
@@ -217,6 +219,7 @@ class FrontDoor:
                 self._pause(listener)
                 return
             try:
+                peer.refuse_descriptors(sock)  # it connected before there was a door
                 sock.setblocking(False)
                 self._receive(sock)
             except Denied:

@@ -6,6 +6,7 @@ waits for another process: executables are looked at without asking the file sys
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 SO_PEERGROUPS = 59
 SO_PEERPIDFD = 77
+SO_PASSRIGHTS = 83
 
 OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 """Errors that say something of this process or machine, not of the peer."""
@@ -211,3 +213,13 @@ def _statx(directory: int, path: bytes, flags: int) -> FileState | None:
     major, minor = struct.unpack_from("=II", raw, 136)
     file = FileId(os.makedev(major, minor), inode, born * 10**9 + born_ns)
     return FileState(file, size, changed * 10**9 + changed_ns)
+
+
+def refuse_descriptors(sock: socket.socket) -> None:
+    """Let nobody send descriptors over this socket, or over those that it accepts (Linux 6.16; no change before that).
+
+    Whoever receives drops the ones that it makes no room for, and dropping the last one of a file may wait for its
+    file system, which can be the sender's own, and never answer.
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
