@@ -216,7 +216,7 @@ def _statx(directory: int, path: bytes, flags: int) -> FileState | None:
 
 
 def refuse_descriptors(sock: socket.socket) -> None:
-    """Let nobody send descriptors over this socket, or over those that it accepts (Linux 6.16; no change before that).
+    """Let nobody send descriptors over this socket, or over those that it accepts (Linux 6.16; nothing before it).
 
     Whoever receives drops the ones that it makes no room for, and dropping the last one of a file may wait for its
     file system, which can be the sender's own, and never answer.
