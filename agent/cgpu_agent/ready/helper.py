@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import socket
 import sys
 import time
@@ -77,21 +78,30 @@ class Helper:
         self._lease: tuple[socket.socket, int] | None = None
         self._may_be_set = True
         self._failure = 0
+        # A signal that comes just before select(2) would be heard only after it, which may be never.
+        self._bell, self._ringer = socket.socketpair()
+        self._bell.setblocking(False)
+        self._ringer.setblocking(False)
 
     def serve(self) -> None:
         """Clear what nobody holds, then answer until an exception or a signal ends it; then clear."""
         self._listener.setblocking(False)
+        before = signal.set_wakeup_fd(self._ringer.fileno(), warn_on_full_buffer=False)
         try:
             self._clear()
             while True:
                 self._step()
         finally:
             self._clear()
+            signal.set_wakeup_fd(before)
 
     def _step(self) -> None:
         lease = self._lease or ()
         overdue = self._asking or (self._may_be_set and not lease)
-        heard = select.select([self._listener, *self._asking, *lease], [], [], _TICK if overdue else None)[0]
+        sources = [self._bell, self._listener, *self._asking, *lease]
+        heard = select.select(sources, [], [], _TICK if overdue else None)[0]
+        if self._bell in heard:
+            self._bell.recv(64)
         if any(source in heard for source in lease):
             self._clear()  # First of all. A word on a lease is a breach, and ends it too.
         for sock, until in list(self._asking.items()):
