@@ -38,18 +38,26 @@ def read_file(path: Path, limit: int = MAX_FILE) -> bytes:
     return data
 
 
-def read_key(path: Path, size: int) -> bytes:
-    """A secret key of ``size`` raw bytes, from a file of which others have nothing.
+def read_secret(path: Path, limit: int) -> bytes:
+    """A secret of at most ``limit`` bytes, from a file of which others have nothing.
 
-    Raises ``Misuse``: ``NO_FILE``, ``KEY_EXPOSED``, ``BAD_KEY``.
+    Raises ``Misuse``: ``NO_FILE``, ``KEY_EXPOSED``, ``FILE_TOO_LARGE``.
     """
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
-                raise Misuse("KEY_EXPOSED", f"{path} is a key that others may use: chmod 600 it")
-            key = file.read(size + 1)
+                raise Misuse("KEY_EXPOSED", f"{path} is a secret that others may use: chmod 600 it")
+            secret = file.read(limit + 1)
     except OSError as error:
         raise Misuse("NO_FILE", f"{path}: {error.strerror}") from error
+    if len(secret) > limit:
+        raise Misuse("FILE_TOO_LARGE", f"{path}: larger than {limit} bytes")
+    return secret
+
+
+def read_key(path: Path, size: int) -> bytes:
+    """A secret key of ``size`` raw bytes. Raises ``Misuse``: as ``read_secret``, or ``BAD_KEY``."""
+    key = read_secret(path, size + 1)
     if len(key) != size:
         raise Misuse("BAD_KEY", f"{path} does not hold a key of {size} bytes")
     return key

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from cgpu_agent.api.v1 import sealed_keys_pb2
 from cgpu_agent.cli import output
-from cgpu_agent.cli.inputs import read_file
+from cgpu_agent.cli.inputs import read_file, read_secret
 from cgpu_agent.client import Admin
 from cgpu_agent.errors import Misuse
 
@@ -137,17 +136,11 @@ def _authority(path: Path) -> bytes:
 
 
 def _secret(path: Path) -> bytes:
-    secret = _unexposed(path, _MAX_SECRET)
+    secret = read_file(path, _MAX_SECRET) if str(path) == "-" else read_secret(path, _MAX_SECRET)
     if not secret:
         raise Misuse("BAD_KEY", f"{path} is empty")
     return secret
 
 
 def _password(path: Path | None) -> bytes:
-    return b"" if path is None else _unexposed(path, _MAX_PASSWORD).rstrip(b"\n")
-
-
-def _unexposed(path: Path, limit: int) -> bytes:
-    if str(path) != "-" and path.exists() and os.stat(path).st_mode & 0o077 and path.is_file():  # noqa: PTH116
-        raise Misuse("KEY_EXPOSED", f"{path} is a secret that others may use: chmod 600 it")
-    return read_file(path, limit)
+    return b"" if path is None else read_secret(path, _MAX_PASSWORD).rstrip(b"\n")

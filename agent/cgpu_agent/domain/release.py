@@ -18,7 +18,7 @@ from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import Action, Decision, Key
 from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.wrap import load_recipient, wrap
-from cgpu_agent.errors import Denied, Unavailable
+from cgpu_agent.errors import Denied, HostileInput, Misuse, Unavailable
 from cgpu_agent.wire.bundle import KeyRelease
 from cgpu_agent.wire.delivery import DeliveryContext
 from cgpu_agent.wire.sealed import KEY_SIZE, ObjectName
@@ -177,7 +177,11 @@ class Release:
         release = KeyRelease(spec.key.broker, spec.key.id, digest)
         attester = CoreAttester(self._machine, caller, release)
         broker = self._brokers[spec.key.broker]
-        released = await broker.release(spec.path, attester, timeout=BROKER_SECONDS)
+        try:
+            released = await broker.release(spec.path, attester, timeout=BROKER_SECONDS)
+        except (HostileInput, Misuse) as error:
+            # Not the caller's doing: what TPM, platform or broker said, or how the operator named the key.
+            raise Unavailable("BROKER_ANSWER", f"the key cannot be had: {error.slug}") from error
         if not 1 <= len(released.secret) <= MAX_SECRET:
             raise Unavailable("BROKER_ANSWER", "the broker let go of what cannot be a key")
         decision = self._still_permitted(caller, action, name, epoch)

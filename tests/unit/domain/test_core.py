@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -115,6 +116,24 @@ def test_refusal_is_a_state_of_its_own(machine: Machine) -> None:
             assert not core.ready()
             assert core.line().startswith("Refusing evidence: the TPM was reset")
             assert core.problems()[0].remedy == "reboot the VM"
+
+    asyncio.run(scenario())
+
+
+def test_a_boot_that_does_not_stand_any_more_is_not_trusted_with_keys(machine: Machine) -> None:
+    async def scenario() -> None:
+        async with machine.agent() as core:
+            assert not core.trusted()
+            await core.establish()
+            assert core.trusted()
+            machine.tpm.restart()
+            with contextlib.suppress(AgentError):
+                await core.boot.probe()
+            assert core.boot.refusal is not None
+            assert not core.trusted()
+        async with machine.agent() as core:
+            core.stop()
+            assert not core.trusted()
 
     asyncio.run(scenario())
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cgpu_agent.backends.base import GpuEvent
+from cgpu_agent.backends.base import GpuEvent, GpuInfo
+from cgpu_agent.backends.gpu.software.client import SoftwareGpus
 from cgpu_agent.domain.gpurules import APPLICATION_XIDS
 from cgpu_agent.domain.gpustate import Reason
 from cgpu_agent.domain.store import Store
@@ -38,6 +39,33 @@ def test_gpus_become_ready_once_all_of_them_passed(process: GpuProcess) -> None:
             assert here.sessions.problems() == []
             identities = {each.verdict.identity for each in here.sessions.view().sessions if each.verdict}
             assert len(identities) == 2
+
+    asyncio.run(scenario())
+
+
+class Unseen:
+    """The same devices, of which kernel and driver see none."""
+
+    def __init__(self, gpus: SoftwareGpus) -> None:
+        self._gpus = gpus
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._gpus, name)
+
+    async def pci(self, *, timeout: float) -> tuple[str, ...]:
+        return ()
+
+    async def list(self, *, timeout: float) -> tuple[GpuInfo, ...]:
+        return ()
+
+
+@pytest.mark.parametrize(("count", "state"), [(0, "none"), (2, "not-ready")])
+def test_gpus_that_must_be_there_are_not_none(process: GpuProcess, count: int, state: str) -> None:
+    async def scenario() -> None:
+        async with site(process, wrap=Unseen, count=count) as here:  # type: ignore[arg-type]
+            assert here.state == "not-ready"
+            await here.tick()
+            assert here.state == state
 
     asyncio.run(scenario())
 

@@ -17,7 +17,7 @@ from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import Action, Decision, Facts, Key, Policy
 from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.release import Delivery, KeySpec, Release
-from cgpu_agent.errors import AgentError, Denied, Exhausted, Misuse, Unavailable
+from cgpu_agent.errors import AgentError, Denied, Exhausted, HostileInput, Misuse, Unavailable
 from cgpu_agent.wire.audit import EMPTY, AuditRecord, follow
 from cgpu_agent.wire.bundle import parse_bundle, parse_statement
 from cgpu_agent.wire.delivery import parse_context
@@ -247,6 +247,20 @@ def test_what_changes_while_the_record_is_written_ends_the_release(
     audit.record = slow  # type: ignore[assignment, method-assign]
     assert vault.refusal("plain").slug == slug
     assert [each.event for each in vault.records] == ["key"]
+
+
+@pytest.mark.parametrize("kind", [HostileInput, Misuse])
+def test_what_a_broker_cannot_read_is_nobodys_misuse(vault: Vault, kind: type[AgentError]) -> None:
+    async def fails(_: Attester) -> None:
+        raise kind("TRUNCATED", "what the platform said, word for word")
+
+    vault.broker.meanwhile = fails
+    error = vault.refusal("plain")
+    assert (type(error), error.slug, error.message) == (
+        Unavailable,
+        "BROKER_ANSWER",
+        "the key cannot be had: TRUNCATED",
+    )
 
 
 def test_facts_decide_as_well_as_callers(vault: Vault) -> None:
