@@ -85,16 +85,19 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         clock,
     )
 
+    auditor = Auditor(audit)
+
     async def one(caller: Caller) -> None:
         outcomes = []
 
         async def begin(decision: Decision) -> None:
-            outcomes.append(await Auditor(audit).begins(caller, "/cgpu.agent.v1.Keys/Get", decision))
+            outcomes.append(await auditor.begins(caller, "/cgpu.agent.v1.Keys/Get", decision))
 
         await release.get(caller, "llama", None, begin)
         (ended,) = outcomes
         assert ended is not None
-        await ended("OK")
+        ended("OK")
+        await auditor.settle()
 
     async def work() -> None:
         for number in range(RELEASES):

@@ -17,7 +17,7 @@ from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.gpucollect import GpuCollection
 from cgpu_agent.domain.gpus import NO_GPUS, GpuSessions
 from cgpu_agent.domain.platform import PlatformBelow
-from cgpu_agent.domain.turns import RoundRobin
+from cgpu_agent.domain.turns import RoundRobin, together
 from cgpu_agent.errors import AgentError, Misuse, Unavailable
 from cgpu_agent.wire.bundle import (
     MAX_NONCE,
@@ -235,7 +235,7 @@ class Evidence:
         async def platform() -> tuple[PlatformWords | None, tuple[tuple[str, str], ...]]:
             return (None, ()) if self._platform is None else await self._platform.words(tree.root)
 
-        found, (words, missing) = await asyncio.gather(devices(), platform())
+        found, (words, missing) = await together(devices(), platform())
         return _Reports(found, words, missing)
 
     def _collect(self, tpm: TpmCommands, tree: Tree, reports: _Reports) -> _Collected:

@@ -102,7 +102,11 @@ class Release:
         self._clock = clock
 
     def offers(self, caller: Caller) -> list[tuple[Key, bool, bool, bool]]:
-        """The keys that this caller may use now: each, whether wrapped, in plain, and to have objects opened."""
+        """The keys that this caller may use now: each, whether wrapped, in plain, and to have objects opened.
+
+        Raises ``Exhausted`` (``KEY_LIMIT``): policy is asked three times for every key.
+        """
+        self._rate.take(caller.uid)
         found = []
         for spec in self._keys.values():
             actions = (Action.KEY_GET, Action.KEY_PLAIN, Action.KEY_OPEN)

@@ -81,16 +81,15 @@ class Recorder(Protocol):
     def denied(self, caller: Caller | None, method: str, reason: str) -> None:
         """A call was refused."""
 
-    async def begins(
-        self, caller: Caller, method: str, decision: Decision
-    ) -> Callable[[str], Awaitable[None]] | None:
+    async def begins(self, caller: Caller, method: str, decision: Decision) -> Callable[[str], None] | None:
         """A permitted call is about to be served; raises where that needs a record and none can be made.
 
-        Returns what to tell the gRPC code to when the call ends, or ``None`` for calls of no such weight.
+        Returns what to tell the gRPC code to when the call ends, or ``None`` for calls of no such weight. It does not
+        wait: between the gate's last look at the caller and the answer nothing may.
         """
 
 
-class _LogThrottle:
+class LogThrottle:
     """Bounds how many log lines hostile callers can cause; the counters still count every call."""
 
     def __init__(self) -> None:
@@ -129,7 +128,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self._recorder = recorder
         self._wants_executable = wants_executable
         self._wrapped: dict[str, Any] = {}
-        self._throttle = _LogThrottle()
+        self._throttle = LogThrottle()
         self.calls: Counter[tuple[str, str]] = Counter()
         """Calls ended so far, by (method, gRPC code name)."""
 
@@ -202,7 +201,7 @@ class Gate(grpc.aio.ServerInterceptor):
         """Around a handler: let nobody in who may not, hold a slot, and let no unknown error out."""
         caller: Caller | None = None
         code = grpc.StatusCode.CANCELLED
-        ended: Callable[[str], Awaitable[None]] | None = None
+        ended: Callable[[str], None] | None = None
 
         async def begin(decided: Decision) -> None:
             nonlocal ended
@@ -241,7 +240,7 @@ class Gate(grpc.aio.ServerInterceptor):
         finally:
             self.calls[method, code.name] += 1
             if ended is not None:
-                await ended(code.name)
+                ended(code.name)
 
     async def _for_policy(self, connection: Connection, caller: Caller) -> Caller:
         """The caller with all that the policy of this moment asks about."""
