@@ -24,7 +24,7 @@ from cgpu_agent.domain.release import KeySpec, Release
 from cgpu_agent.errors import Unavailable
 from cgpu_agent.rpc.auditor import Auditor
 from cgpu_agent.wire.audit import AuditHead, AuditRecord, digest_of, parse_record
-from cgpu_agent.wire.bundle import AuditAnchor
+from cgpu_agent.wire.manifest import AuditAnchor
 from cgpu_agent.wire.strictjson import dumps
 from fixtures.bundles import made
 from fixtures.gpusessions import MovableClock

@@ -15,8 +15,8 @@ from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.turns import Turns
 from cgpu_agent.errors import DeviceFault, Misuse, Unavailable
 from cgpu_agent.wire import strictjson
-from cgpu_agent.wire.bundle import caller_quote_extra_data, is_reserved_extra_data
 from cgpu_agent.wire.cel import Author, Record
+from cgpu_agent.wire.extradata import caller_quote_extra_data, is_reserved_extra_data
 from cgpu_agent.wire.tpm import Attest, ClockInfo, PcrSelection, Quoted, parse_attest, parse_signature, pcr_digest
 
 T = TypeVar("T")
@@ -178,7 +178,7 @@ class MeasuredBoot:
         return await self.run(caller.uid, lambda tpm: tpm.activate_credential(handle, ek, id_object, secret))
 
     async def quote(self, caller: Caller, nonce: bytes, pcrs: tuple[int, ...]) -> BootQuote:
-        """A plain quote that names its caller (see ``wire.bundle.caller_quote_extra_data``)."""
+        """A plain quote that names its caller (see ``wire.extradata.caller_quote_extra_data``)."""
         if not 8 <= len(nonce) <= 64:
             raise Misuse("BAD_NONCE", "the nonce must have 8 to 64 bytes")
         return await self._plain_quote(caller, caller_quote_extra_data(caller.claims_bytes(), nonce), pcrs)

@@ -19,8 +19,9 @@ from cgpu_agent.errors import HostileInput, Unavailable
 from cgpu_agent.verifier.certificate import load_certificate
 from cgpu_agent.verifier.keys import certificate_key, load_attestation_key, same_key
 from cgpu_agent.wire import strictjson
-from cgpu_agent.wire.bundle import MAX_CERTIFICATE, agent_ak_qualifying_data
+from cgpu_agent.wire.bundle import MAX_CERTIFICATE
 from cgpu_agent.wire.der import trim_der
+from cgpu_agent.wire.extradata import agent_ak_qualifying_data
 from cgpu_agent.wire.hcl import AK_CERTIFICATE_INDEX
 from cgpu_agent.wire.strictjson import Fields, b64
 from cgpu_agent.wire.tpm import Certified, ClockInfo, parse_attest, parse_public

@@ -19,9 +19,9 @@ from cgpu_agent.domain.policy import Action, Decision, Key
 from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.wrap import load_recipient, wrap
 from cgpu_agent.errors import Denied, HostileInput, Misuse, Unavailable
-from cgpu_agent.wire.bundle import KeyRelease
 from cgpu_agent.wire.delivery import DeliveryContext
 from cgpu_agent.wire.sealed import KEY_SIZE, ObjectName
+from cgpu_agent.wire.statement import KeyRelease
 
 BROKER_SECONDS: Final = 30.0
 

@@ -14,7 +14,7 @@ from cgpu_agent.domain.core import Core
 from cgpu_agent.errors import AgentError, Exhausted, Misuse, Unavailable
 from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.verifier.quote import verify_quote
-from cgpu_agent.wire.bundle import caller_quote_extra_data
+from cgpu_agent.wire.extradata import caller_quote_extra_data
 from cgpu_agent.wire.tpm import PcrSelection, parse_attest
 from fixtures.gpusessions import MovableClock
 from fixtures.machine import PLATFORM_AK, WORKLOAD, Machine

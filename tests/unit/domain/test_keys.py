@@ -17,7 +17,7 @@ from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import DeviceFault, Unavailable
 from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.verifier.signature import verify_signature
-from cgpu_agent.wire.bundle import agent_ak_qualifying_data
+from cgpu_agent.wire.extradata import agent_ak_qualifying_data
 from cgpu_agent.wire.tpm import Certified, PcrSelection, parse_attest
 from fixtures.machine import AGENT, BOOT_ID, PLATFORM_AK, REGISTER, WORKLOAD, Machine, replay_boot, request
 from fixtures.swtpm import running_swtpm
