@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from cgpu_agent.backends.base import AkAlgorithm, KeyBlob, LoadedKey, Signed, TpmCommands, TpmInfo
+from cgpu_agent.backends.base import AkAlgorithm, LoadedKey, Signed, TpmCommands, TpmInfo
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import HostileInput, Unavailable
@@ -24,7 +24,7 @@ from cgpu_agent.wire.der import trim_der
 from cgpu_agent.wire.extradata import agent_ak_qualifying_data
 from cgpu_agent.wire.hcl import AK_CERTIFICATE_INDEX
 from cgpu_agent.wire.strictjson import Fields, b64
-from cgpu_agent.wire.tpm import Certified, ClockInfo, parse_attest, parse_public
+from cgpu_agent.wire.tpm import Certified, ClockInfo, KeyBlob, parse_attest, parse_public
 
 _STATE = "agent-ak"
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from cgpu_agent.domain.core import Core
-from cgpu_agent.domain.sealedkeys import LATCH_HANDLE, OPEN, SealedKeys
+from cgpu_agent.domain.sealedkeys import SealedKeys
 from cgpu_agent.domain.store import Store
 from cgpu_agent.domain.vault import Vault
 from cgpu_agent.errors import Unavailable
+from cgpu_agent.wire.keyring import LATCH_HANDLE, OPEN
 from fixtures.gpusessions import MovableClock
 from fixtures.machine import Machine
 from fixtures.owner import FLEET, GROUP, Owner
