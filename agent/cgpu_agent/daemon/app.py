@@ -68,6 +68,7 @@ from cgpu_agent.wire.bundle import MAX_CERTIFICATE
 _DRAIN_SECONDS = 5.0
 _STATUS_SECONDS = 1.0
 _PROBE_SECONDS = 5.0
+_RENEW_SECONDS = 3600.0
 _FIXED = ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "platform", "gpu", "limits", "key", *BROKER_TABLES)
 """What of the configuration takes a restart."""
 
@@ -349,7 +350,10 @@ class App:
             await self._show()
             self._notifier.ready()
             log.info("ready", version=__version__, socket=self._public.public_path)
-            tasks |= {asyncio.create_task(work) for work in (self._tick(), self._probe(), self._reloads(reload))}
+            tasks |= {
+                asyncio.create_task(work)
+                for work in (self._tick(), self._probe(), self._renew(), self._reloads(reload))
+            }
             if gpus is not None:
                 tasks |= {asyncio.create_task(work) for work in (gpus.run(), self._tell_gpus(gpus))}
             running: set[asyncio.Task[Any]] = tasks
@@ -426,6 +430,17 @@ class App:
                 with contextlib.suppress(AgentError):  # kept as the core's state
                     await self._core.boot.probe()
 
+    async def _renew(self) -> None:
+        """Look again now and then for what the platform renews while the machine runs."""
+        while True:
+            await asyncio.sleep(_RENEW_SECONDS)
+            await self._renew_once()
+
+    async def _renew_once(self) -> None:
+        with contextlib.suppress(AgentError):  # a TPM that does not answer is the probe's to tell
+            if await self._core.renew():
+                log.info("the platform AK has another certificate")
+
     async def _tell_gpus(self, gpus: GpuSessions) -> None:
         """Every change of the GPUs, in the journal."""
         told: object = None
@@ -479,6 +494,7 @@ class App:
         self._config = fresh
         self._policy = policy
         self._core.certify(self._ak_certificate())
+        await self._renew_once()
         if changed:
             await self._audit("agent-reload")
             try:

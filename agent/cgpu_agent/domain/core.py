@@ -11,11 +11,11 @@ from typing import Literal
 from cgpu_agent.backends.base import AkAlgorithm, Clock, MeasurementLogs, Tpm, TpmCommands
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.audit import AuditLog
-from cgpu_agent.domain.boot import MeasuredBoot
+from cgpu_agent.domain.boot import AGENT, MeasuredBoot
 from cgpu_agent.domain.evidence import Evidence
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.gpustate import Reason
-from cgpu_agent.domain.keys import Keys, establish, with_certificate
+from cgpu_agent.domain.keys import Keys, establish, renewed, with_certificate
 from cgpu_agent.domain.opening import Opening
 from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.policy import Facts
@@ -257,6 +257,19 @@ class Core:
             self._unfit_certificate = None
         except AgentError as error:
             self._unfit_certificate = error
+
+    async def renew(self) -> bool:
+        """Take over the certificate that the platform has put into NV in place of an older one; whether it had.
+
+        Raises ``AgentError``: NV cannot be read.
+        """
+        if self._boot is None or self._certificate is not None:
+            return False
+        boot = self._boot
+        before = boot.keys.platform_ak_certificate
+        found = await boot.run(AGENT, lambda tpm: renewed(tpm, boot.keys))
+        boot.keys = replace(boot.keys, platform_ak_certificate=found.platform_ak_certificate)
+        return found.platform_ak_certificate != before
 
     def stop(self) -> None:
         self._stopping = True

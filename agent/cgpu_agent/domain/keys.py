@@ -207,6 +207,17 @@ def with_certificate(keys: Keys, certificate: bytes) -> Keys:
     return replace(keys, platform_ak_certificate=der)
 
 
+def renewed(tpm: TpmCommands, keys: Keys) -> Keys:
+    """The same keys with the platform AK's certificate that is in NV now; one that does not fit changes nothing."""
+    certificate = _certificate(tpm, AK_CERTIFICATE_INDEX)
+    if certificate is None or certificate == keys.platform_ak_certificate:
+        return keys
+    try:
+        return with_certificate(keys, certificate)
+    except HostileInput:
+        return keys
+
+
 def first_record(agent_ak_name: bytes) -> bytes:
     """Content of the agent log's first record: it names the AK that signs this boot's manifests."""
     return strictjson.dumps({"agent_ak_name": agent_ak_name.hex(), "event": "agent-ak"})
