@@ -19,7 +19,7 @@ from cgpu_agent.wire.transfer import DEPTH, RING_SIZE
 
 RING_NAME: Final = "cgpu-transfer-ring"
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_SPINS: Final = 100
+_LOOKS: Final = 150  # about a microsecond each: some slots long
 _SHORT_NAP: Final = 1  # milliseconds
 _LONG_NAP: Final = 64
 
@@ -126,9 +126,10 @@ class End:
             DeviceFault: ``TRANSFER_STALLED``, ``TRANSFER_PEER_GONE``.
             and what ``ready`` raises.
         """
-        for _ in range(_SPINS):  # without yielding: on a busy machine that would give a time slice away each time
+        for _ in range(_LOOKS):
             if ready():
                 return
+            self._poll.poll(0)  # lets other threads run, but not other processes, who would keep the core for long
         self.ring.words[sleeps] = until
         try:
             self._sleep(ready, None if seconds is None else time.monotonic() + seconds)
