@@ -1,6 +1,6 @@
 # "make help" lists every target; the two that matter are "make demo" and "make test".
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench campaign kills hostile-host install uninstall dist clean
+.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench transfer-sweep campaign kills hostile-host install uninstall dist clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -54,6 +54,9 @@ generate: ## generate the gRPC stubs from protos/
 
 bench: dev ## measure; ratios on the terminal, numbers in build/bench.json
 	$(BIN)/python tests/bench/bench.py
+
+transfer-sweep: dev ## speed of transfers by size and number of slots, a model; plot in build/transfer-sweep.svg
+	$(BIN)/python tests/bench/sweep.py
 
 campaign: dev ## 100,000 mutants of evidence bundles, none may be accepted (MUTANTS=n), and every flipped byte of GPU reports
 	cd tests && ../$(BIN)/python -m fuzz.campaign --mutants $(MUTANTS)
