@@ -166,6 +166,14 @@ def test_channels_end_with_their_session(site: Session) -> None:
     assert refusal(lambda: channel.write(handle, 0, b"y")) == "TRANSFER_DEAD"
 
 
+def test_channels_outlive_an_update_of_the_sessions_keys(site: Session) -> None:
+    """They come from its exporter, which stays; and so do those of a channel opened afterwards."""
+    handle, channel = site.allocate(9), site.channel()
+    site.run(site.transfers._session.update_keys(time.monotonic() + PATIENCE))
+    channel.write(handle, 0, b"the first")
+    assert content(site.channel(), handle, 9) == b"the first"
+
+
 def test_a_session_does_not_see_what_another_has(process: GpuProcess, site: Session) -> None:
     handle, channel = site.allocate(9), site.channel()
     channel.write(handle, 0, b"private")
