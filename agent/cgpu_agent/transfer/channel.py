@@ -127,9 +127,13 @@ class Channel:
                 refusal = None
         _raise(refusal)
 
+    def stop(self) -> None:
+        """Have whoever is using it get ``TRANSFER_STOPPED`` soon. Does not wait; ``close`` is still due."""
+        self._duplex.end.stop()
+
     def close(self) -> None:
         """End the channel; whoever is using it gets ``TRANSFER_STOPPED``. Idempotent."""
-        self._duplex.end.stop()
+        self.stop()
         with self._turn:
             self._die(Unavailable("TRANSFER_STOPPED", "this transfer channel was closed"))
 

@@ -41,6 +41,11 @@ class Transfers:
         self._turn: Final = asyncio.Lock()
         self._channels = 0
 
+    @property
+    def chain(self) -> bytes:
+        """As ``Session.chain``."""
+        return self._session.chain
+
     async def allocate(self, size: int, *, timeout: float) -> int:
         """A handle of ``size`` bytes. Raises ``Exhausted`` (``DEVICE_MEMORY``)."""
         result = await self._ask(time.monotonic() + timeout, "allocate", size=size)
