@@ -115,8 +115,9 @@ class Limits:
     """Bounds on what callers can hold: connections before, running calls after they are identified.
 
     ``tpm_seconds_per_minute``: how long the TPM may work for one uid. ``keys_per_minute``: how often one uid may ask
-    for a key. ``leases``, ``lease_mib``: how many pieces of memory are shared with callers, and how large; then
-    of one uid and in all.
+    for a key. ``leases``, ``lease_mib``: how many pieces of memory are shared with callers, and how large; then of
+    one uid and in all. ``channels``: to GPUs' memory; of one uid: channels, transfers that wait or run, and memory of
+    GPUs.
     """
 
     connections: int = 1024
@@ -130,6 +131,10 @@ class Limits:
     lease_mib: int = 1024
     lease_mib_per_uid: int = 2048
     lease_mib_in_all: int = 4096
+    channels: int = 64
+    channels_per_uid: int = 8
+    transfers_per_uid: int = 128
+    gpu_mib_per_uid: int = 1048576
 
 
 @dataclass(frozen=True, slots=True)

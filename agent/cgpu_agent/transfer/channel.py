@@ -120,9 +120,13 @@ class Channel:
                     copy(target + start, opener.address, length)
         _raise(refusal)
 
+    def stop(self) -> None:
+        """Have whoever is using it get ``TRANSFER_STOPPED`` soon. Does not wait; ``close`` is still due."""
+        self._duplex.end.stop()
+
     def close(self) -> None:
         """End the channel; whoever is using it gets ``TRANSFER_STOPPED``. Idempotent."""
-        self._duplex.end.stop()
+        self.stop()
         with self._turn:
             self._die(Unavailable("TRANSFER_STOPPED", "this transfer channel was closed"))
 
