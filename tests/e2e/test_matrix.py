@@ -76,12 +76,22 @@ DOORS: Final[dict[str, tuple[str, frozenset[str]]]] = {
     "boxed in plain": ("boxed", NEVER),
     "no such key": ("allowed", NEVER),
     "open": ("allowed", READY),
+    "channel": ("allowed", READY),
+    "put": ("allowed", READY),
+    "load": ("allowed", READY),
+    "allocate": ("allowed", READY),
+    "free": ("allowed", READY),
+    "wait": ("allowed", READY),
+    "close": ("allowed", READY),
+    "stats": ("allowed", READY),
+    "progress": ("allowed", READY),
 }
 """Whom each row lets in, and while the GPUs are what: what the policy below is meant to say, said apart from it."""
 BEHIND: Final = {
     "platform": {"NO_REPORT", "NO_PLATFORM"},
     "activate": {"TPM_ERROR"},
     "attest": {"GPU_ATTEST_LIMIT", "DEADLINE"},
+    **{row: {"NO_CHANNEL"} for row in ("allocate", "free", "wait", "close", "stats", "progress")},
 }
 """How a call may fail whose door did open: this machine has no such thing, or the request is nonsense."""
 
@@ -118,6 +128,8 @@ def policy(unit: str | None) -> tuple[str, ...]:
         permit("key.get", f"{named} && ({key('any')} || {both}) || {boxed} && {key('boxed')} && {ready}"),
         permit("key.get_plain", f"{named} && ({both})"),
         permit("key.open", f"{named} && {key('ready')} && {ready}"),
+        permit("gpu.transfer", f"{named} && {ready}"),
+        permit("key.load", f"{named} && {key('ready')} && {ready}"),
     )
 
 
@@ -280,7 +292,7 @@ def world() -> Iterator[World]:
 
 def expected(name: str, row: str, state: str) -> set[str]:
     who, states = DOORS[row]
-    if row == "open" and name.startswith(("passed on", "taken over")):
+    if row in ("open", "put", "load") and name.startswith(("passed on", "taken over")):
         return {"NOT_ALLOWED", "NO_LEASE", *GONE}  # a lease is its own process's, whoever made the connection
     if CALLERS[name] == "nobody":
         return set(GONE)
@@ -347,7 +359,11 @@ def test_the_same_of_genuine_gpus_and_of_callers_that_this_machine_cannot_start(
     for name, caller_ in callers.items():
         for method, rows in ROWS.items():
             for row in rows:
-                if method in BY_KEY:
+                if row == "load":
+                    decision = authorize(caller_, method)
+                    if decision.allowed:
+                        decision = rules.decide(caller_, Action.KEY_LOAD, facts, Key("ready", "credential"))
+                elif method in BY_KEY:
                     plain = Action.KEY_PLAIN if row.endswith(" in plain") else Action.KEY_GET
                     action = Action.KEY_OPEN if row == "open" else plain
                     key = Key("ready" if row == "open" else row.removesuffix(" in plain"), "credential")

@@ -42,14 +42,8 @@ class SharedMemory:
         self._written = 0
         self._closed = False
         try:
-            if size > _available() // 2:  # the kernel does not refuse: it ends a process to make room
-                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-            fd = _create()
+            fd = fresh(size)
             try:
-                os.ftruncate(fd, size)
-                os.posix_fallocate(fd, 0, size)  # A page that is missing later would be a fault instead of an error.
-                os.fchmod(fd, 0o400)
-                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
                 self._map = mmap.mmap(fd, size)
                 self._reader: int | None = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
             finally:
@@ -96,8 +90,7 @@ class SharedMemory:
                 return
             self._wipe()
             self._closed = True
-            for start in range(0, self.size, 16 * _CHUNK):
-                self._map.madvise(mmap.MADV_REMOVE, start, min(16 * _CHUNK, self.size - start))
+            discard(self._map)
             self._map.close()
             if self._reader is not None:
                 os.close(self._reader)
@@ -106,10 +99,37 @@ class SharedMemory:
         self._turn += 1
         if self._closed:
             return
-        for start in range(0, self._written, _CHUNK):
-            end = min(start + _CHUNK, self._written)
-            self._map[start:end] = _ZEROS[: end - start]
+        wipe(self._map, self._written)
         self._written = 0
+
+
+def fresh(size: int) -> int:
+    """A descriptor of new memory, all of it there, its size sealed. Raises ``OSError``."""
+    if size > _available() // 2:  # the kernel does not refuse: it ends a process to make room
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    fd = _create()
+    try:
+        os.ftruncate(fd, size)
+        os.posix_fallocate(fd, 0, size)  # A page that is missing later would be a fault instead of an error.
+        os.fchmod(fd, 0o400)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def wipe(memory: mmap.mmap, size: int) -> None:
+    """Overwrite the first ``size`` bytes with zeros."""
+    for start in range(0, size, _CHUNK):
+        end = min(start + _CHUNK, size)
+        memory[start:end] = _ZEROS[: end - start]
+
+
+def discard(memory: mmap.mmap) -> None:
+    """Give the pages back to the kernel, also from under whoever else has the file: he sees zeros."""
+    for start in range(0, len(memory), 16 * _CHUNK):
+        memory.madvise(mmap.MADV_REMOVE, start, min(16 * _CHUNK, len(memory) - start))
 
 
 def _available() -> int:

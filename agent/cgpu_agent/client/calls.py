@@ -6,7 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from cgpu_agent.api.v1 import admin_pb2, evidence_pb2, gpus_pb2, keys_pb2, measured_boot_pb2, sealed_keys_pb2
+from cgpu_agent.api.v1 import (
+    admin_pb2,
+    evidence_pb2,
+    gpus_pb2,
+    keys_pb2,
+    measured_boot_pb2,
+    sealed_keys_pb2,
+    transfer_buffers_pb2,
+)
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.wire.delivery import parse_context
 
@@ -16,6 +24,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 boot_pb = measured_boot_pb2
+transfer_pb = transfer_buffers_pb2
 
 LogKind = Literal["boot", "systemd", "agent"]
 
@@ -101,7 +110,7 @@ class GpuReport:
 class Call(Generic[R]):
     """One call, ready to be made."""
 
-    service: Literal["MeasuredBoot", "Evidence", "Gpus", "Keys", "Admin", "SealedKeys"]
+    service: Literal["MeasuredBoot", "Evidence", "Gpus", "Keys", "Admin", "SealedKeys", "TransferBuffers"]
     method: str
     request: Any
     convert: Callable[[Any], R]
@@ -274,6 +283,13 @@ def list_gpus() -> Call[gpus_pb2.GpuSet]:
     return Call("Gpus", "List", gpus_pb2.ListGpusRequest(), lambda answer: answer.gpus)
 
 
+def uuid_of(gpus: gpus_pb2.GpuSet, place: int) -> str:
+    """The uuid of a GPU by its place in the list. Raises ``Misuse`` (``UNKNOWN_GPU``)."""
+    if not 0 <= place < len(gpus.gpus):
+        raise Misuse("UNKNOWN_GPU", f"there is no GPU number {place}: this machine has {len(gpus.gpus)}")
+    return gpus.gpus[place].uuid
+
+
 def attest_gpus() -> Call[gpus_pb2.GpuSet]:
     return Call("Gpus", "Attest", gpus_pb2.AttestGpusRequest(), lambda answer: answer.gpus)
 
@@ -290,6 +306,128 @@ def get_gpu_report(uuid: str, nonce: bytes) -> Call[GpuReport]:
 def get_raw_gpu_report(uuid: str, nonce: bytes) -> Call[GpuReport]:
     request = gpus_pb2.GetRawGpuReportRequest(uuid=uuid, nonce=nonce)
     return Call("Gpus", "GetRawReport", request, lambda a: GpuReport(a.report, a.chain))
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a transfer is: bytes; bytes a second, and seconds that the rest takes at that rate (0 = not known).
+
+    Attributes:
+        ended: nothing more will happen.
+        reason, message: why it failed, if it did.
+    """
+
+    ticket: int
+    done: int
+    total: int
+    rate: float
+    eta_seconds: float
+    ended: bool
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """``size`` bytes between ``start`` of memory on lease and ``offset`` of an allocation.
+
+    Attributes:
+        lease: id of a lease of yours, of memory to write to.
+    """
+
+    to_device: bool
+    lease: bytes
+    start: int
+    handle: int
+    offset: int
+    size: int
+
+
+def open_channel(uuid: str) -> Call[bytes]:
+    request = transfer_pb.OpenChannelRequest(gpu=uuid)
+    return Call("TransferBuffers", "OpenChannel", request, lambda answer: answer.channel)
+
+
+def close_channel(channel: bytes) -> Call[None]:
+    request = transfer_pb.CloseChannelRequest(channel=channel)
+    return Call("TransferBuffers", "CloseChannel", request, lambda _: None)
+
+
+def allocate(channel: bytes, size: int) -> Call[int]:
+    request = _numbers(lambda: transfer_pb.AllocateRequest(channel=channel, size=size))
+    return Call("TransferBuffers", "Allocate", request, lambda answer: int(answer.handle))
+
+
+def free(channel: bytes, handle: int) -> Call[None]:
+    request = _numbers(lambda: transfer_pb.FreeRequest(channel=channel, handle=handle))
+    return Call("TransferBuffers", "Free", request, lambda _: None)
+
+
+def submit(channel: bytes, copies: Sequence[Copy]) -> Call[int]:
+    request = _numbers(lambda: transfer_pb.SubmitRequest(channel=channel, copies=[_copy(each) for each in copies]))
+    return Call("TransferBuffers", "Submit", request, lambda answer: int(answer.ticket))
+
+
+def _copy(copy: Copy) -> transfer_pb.Copy:
+    return transfer_pb.Copy(
+        direction=transfer_pb.COPY_DIRECTION_TO_DEVICE if copy.to_device else transfer_pb.COPY_DIRECTION_FROM_DEVICE,
+        lease=copy.lease,
+        lease_offset=copy.start,
+        handle=copy.handle,
+        offset=copy.offset,
+        length=copy.size,
+    )
+
+
+def load_sealed(
+    channel: bytes, key: str, lease: bytes, object_id: str, version: int, segment_size: int, handle: int
+) -> Call[int]:
+    request = _numbers(
+        lambda: transfer_pb.LoadSealedRequest(
+            channel=channel,
+            key=key,
+            lease=lease,
+            object_id=object_id,
+            object_version=version,
+            segment_size=segment_size,
+            handle=handle,
+        )
+    )
+    return Call("TransferBuffers", "LoadSealed", request, lambda answer: int(answer.ticket))
+
+
+def watch_transfers(channel: bytes, ticket: int) -> Call[list[Progress]]:
+    request = _numbers(lambda: transfer_pb.WatchTransfersRequest(channel=channel, ticket=ticket))
+    return Call("TransferBuffers", "Watch", request, lambda answer: [_progress(each) for each in answer.transfers])
+
+
+def synchronize(channel: bytes, ticket: int, milliseconds: int) -> Call[Progress]:
+    request = _numbers(
+        lambda: transfer_pb.SynchronizeRequest(channel=channel, ticket=ticket, milliseconds=milliseconds)
+    )
+    return Call("TransferBuffers", "Synchronize", request, lambda answer: _progress(answer.transfer))
+
+
+def get_transfer_stats(channel: bytes) -> Call[list[transfer_pb.ChannelStats]]:
+    request = transfer_pb.GetStatsRequest(channel=channel)
+    return Call("TransferBuffers", "GetStats", request, lambda answer: list(answer.channels))
+
+
+def _progress(found: transfer_pb.TransferProgress) -> Progress:
+    ended = found.state in (transfer_pb.TRANSFER_STATE_DONE, transfer_pb.TRANSFER_STATE_FAILED)
+    return Progress(
+        found.ticket, found.done, found.total, found.rate, found.eta_seconds, ended, found.reason, found.message
+    )
+
+
+def _numbers(make: Callable[[], R]) -> R:
+    """Raises ``Misuse`` (``BAD_NUMBER``) for numbers that the message has no room for."""
+    try:
+        return make()
+    except ValueError as error:
+        raise Misuse(
+            "BAD_NUMBER", "handles, sizes, offsets and versions are not negative, and have limits"
+        ) from error
 
 
 def get_status() -> Call[admin_pb2.GetStatusResponse]:

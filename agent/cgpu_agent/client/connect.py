@@ -19,6 +19,7 @@ from cgpu_agent.api.v1 import (
     keys_pb2_grpc,
     measured_boot_pb2_grpc,
     sealed_keys_pb2_grpc,
+    transfer_buffers_pb2_grpc,
 )
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, Exhausted, Misuse, Unavailable
 
@@ -40,6 +41,7 @@ STUBS: dict[str, Any] = {
     "Keys": keys_pb2_grpc.KeysStub,
     "Admin": admin_pb2_grpc.AdminStub,
     "SealedKeys": sealed_keys_pb2_grpc.SealedKeysStub,
+    "TransferBuffers": transfer_buffers_pb2_grpc.TransferBuffersStub,
 }
 
 _KINDS: dict[grpc.StatusCode, type[AgentError]] = {

@@ -33,24 +33,27 @@ class LeasedMemory:
     Args:
         path: the agent's lease socket.
         size: bytes; at least one is leased.
-        source: the sealed object, a regular file that was opened for reading only.
+        source: the sealed object, a regular file that was opened for reading only; ``None``: the memory is to be
+            written to, too.
         timeout: seconds for getting it.
 
     Attributes:
         id: names the lease to the agent.
-        view: the memory, to be read. It is all zeros when the lease has ended.
+        view: the memory. It is all zeros when the lease has ended.
 
     Raises ``AgentError``: why there is none.
     """
 
-    def __init__(self, path: str, size: int, source: BinaryIO, timeout: float) -> None:
+    def __init__(self, path: str, size: int, source: BinaryIO | None, timeout: float) -> None:
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self.id, memory = self._exchange(path, LeaseRequest(max(1, size), source=True), source.fileno(), timeout)
+            request = LeaseRequest(max(1, size), source=source is not None, writable=source is None)
+            self.id, memory = self._exchange(path, request, [] if source is None else [source.fileno()], timeout)
             try:
                 if os.fstat(memory).st_size < size:  # a view past the end would be a fault, not an error
                     raise HostileInput("BAD_LEASE_MESSAGE", "the agent leased less memory than was asked for")
-                self._map = mmap.mmap(memory, max(1, size), mmap.MAP_SHARED, mmap.PROT_READ)
+                access = mmap.PROT_READ | (mmap.PROT_WRITE if request.writable else 0)
+                self._map = mmap.mmap(memory, max(1, size), mmap.MAP_SHARED, access)
             finally:
                 os.close(memory)
         except BaseException:
@@ -65,13 +68,13 @@ class LeasedMemory:
             self.view.release()
             self._map.close()
 
-    def _exchange(self, path: str, request: LeaseRequest, source: int, timeout: float) -> tuple[bytes, int]:
+    def _exchange(self, path: str, request: LeaseRequest, sources: list[int], timeout: float) -> tuple[bytes, int]:
         sock = self._connection
         sock.settimeout(timeout)
         try:
             sock.connect(path)
             with contextlib.suppress(BrokenPipeError):  # refused already; the answer says why
-                socket.send_fds(sock, [request.encode()], [source])
+                socket.send_fds(sock, [request.encode()], sources)
             data, fds = _receive(sock)
         except TimeoutError:
             raise Unavailable("DEADLINE", "the agent did not answer in time", retry_after=1.0) from None

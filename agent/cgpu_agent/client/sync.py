@@ -11,8 +11,11 @@ import grpc
 
 from cgpu_agent.api.v1 import admin_pb2, gpus_pb2, keys_pb2, sealed_keys_pb2
 from cgpu_agent.client import calls
+from cgpu_agent.client.channels import Channel
 from cgpu_agent.client.connect import CHANNEL_OPTIONS, STUBS, find_socket, translate
 from cgpu_agent.client.lease import LeasedMemory, find_lease_socket, plain_size, require_whole
+from cgpu_agent.client.transfer import ChannelPlans
+from cgpu_agent.errors import AgentError
 from cgpu_agent.wire.sealed import SEGMENT_SIZES
 
 if TYPE_CHECKING:
@@ -159,6 +162,29 @@ class Agent:
             require_whole(whole[-1:] == [True])
             yield memory.view
 
+    @contextlib.contextmanager
+    def channel(self, gpu: int | str = 0) -> Iterator[Channel]:
+        """A channel to a GPU's memory. What you allocate through it ends with the block. Denied unless granted.
+
+            with agent.channel() as channel:
+                handle = channel.put(array)
+
+        Args:
+            gpu: which, by its uuid or its place in ``list_gpus``.
+        """
+        uuid = gpu if isinstance(gpu, str) else calls.uuid_of(self.list_gpus(), gpu)
+        path = find_lease_socket(self.socket)
+        name = self._run(calls.open_channel(uuid))
+        plans = ChannelPlans(
+            name, lambda size, source: LeasedMemory(path, size, source, self._timeout), self._timeout
+        )
+        try:
+            yield Channel(plans, self._run, self._stream)
+        finally:
+            plans.close()
+            with contextlib.suppress(AgentError):  # it ends with this process at the latest
+                self._run(calls.close_channel(name))
+
     def list_gpus(self) -> gpus_pb2.GpuSet:
         """The GPUs, and what the agent makes of them; not evidence."""
         return self._run(calls.list_gpus())
@@ -177,7 +203,9 @@ class Agent:
 
     def watch_gpus(self) -> Iterator[gpus_pb2.GpuSet]:
         """The GPUs now and after each change, without end; close the iterator to stop."""
-        call = calls.watch_gpus()
+        return self._stream(calls.watch_gpus())
+
+    def _stream(self, call: calls.Call[R]) -> Iterator[R]:
         stream = getattr(self._stubs[call.service], call.method)(call.request)
         try:
             for answer in stream:

@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from cgpu_agent import __version__
-from cgpu_agent.backends.base import Gpus
+from cgpu_agent.backends.base import Gpus, TransferGpus
 from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
 from cgpu_agent.backends.gpu.software.client import SoftwareGpus
 from cgpu_agent.backends.logs import SystemLogs
@@ -33,7 +33,7 @@ from cgpu_agent.daemon.brokerconfig import BROKER_TABLES
 from cgpu_agent.daemon.brokers import make_brokers
 from cgpu_agent.daemon.build import build_digest
 from cgpu_agent.daemon.config import Config, GpuConfig
-from cgpu_agent.daemon.gpus import load_judge, load_rules
+from cgpu_agent.daemon.gpus import load_judge, load_rules, offer_transfers
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded, lease_door
 from cgpu_agent.daemon.watchdog import Watchdog
@@ -46,7 +46,7 @@ from cgpu_agent.domain.gpustate import Reason
 from cgpu_agent.domain.leases import LeaseLimits, Leases
 from cgpu_agent.domain.opening import Opening
 from cgpu_agent.domain.platform import PlatformBelow
-from cgpu_agent.domain.policy import Key, Policy
+from cgpu_agent.domain.policy import Action, Key, Policy
 from cgpu_agent.domain.quota import InFlight
 from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.release import KeySpec, Release
@@ -131,6 +131,7 @@ class App:
         self._core.platform = self._platform(config)
         self._open_audit(Path(config.state_dir))
         self._judge = load_judge(config.gpu)
+        self._transfer_gpus: TransferGpus | None = None
         self._core.gpus = self._gpu_sessions(config)
         self._core.vault = self._vault(config)
         self._core.release = self._release(config)
@@ -167,6 +168,7 @@ class App:
         )
         leases = self._leases(config)
         self._core.opening = Opening(self._core.release, leases)
+        offer_transfers(self._core, config.limits, self._transfer_gpus, leases, self._trust_epoch)
         self._lease_door = lease_door(
             self._core,
             leases,
@@ -174,6 +176,7 @@ class App:
             identifier,
             DoorLimits(max_connections=config.limits.leases, max_per_uid=config.limits.leases_per_uid),
             lambda: self._policy.wants_executable,
+            lambda caller: self._policy.decide(caller, Action.GPU_TRANSFER, self._core.facts()).allowed,
         )
         self._watchdog = Watchdog(
             notifier,
@@ -232,6 +235,7 @@ class App:
         gpus = _open_gpus(config.gpu)
         if gpus is None:
             return None
+        self._transfer_gpus = gpus if isinstance(gpus, SoftwareGpus) else None
         core = self._core
         try:
             floor = TimeFloor(core.clock, Store(Path(config.state_dir)))
@@ -366,6 +370,8 @@ class App:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+        if self._core.channels is not None:
+            await self._core.channels.stop()
         await asyncio.gather(*(server.stop(_DRAIN_SECONDS) for server in self._servers))
         await asyncio.to_thread(self._lease_door.close)
         await self._audit_denials(now=True)

@@ -124,7 +124,8 @@ class Limits:
     """Bounds on what callers can hold: connections before, running calls after they are identified.
 
     ``keys_per_minute``: how often one uid may ask for a key. ``leases``, ``lease_mib``: how many pieces of memory are
-    shared with callers, and how large one is; then of one uid and in all.
+    shared with callers, and how large one is; then of one uid and in all. ``channels``: to GPUs' memory; of one uid:
+    channels, transfers that wait or run, and memory of GPUs.
     """
 
     connections: int = 1024
@@ -137,6 +138,10 @@ class Limits:
     lease_mib: int = 1024
     lease_mib_per_uid: int = 2048
     lease_mib_in_all: int = 4096
+    channels: int = 64
+    channels_per_uid: int = 8
+    transfers_per_uid: int = 128
+    gpu_mib_per_uid: int = 1048576
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the agent trusts about GPUs, from the files that the configuration names."""
+"""What the agent trusts about GPUs, from the files that the configuration names; and what it offers of theirs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from cgpu_agent.daemon.config import GpuConfig
+from cgpu_agent.backends.base import TransferGpus
+from cgpu_agent.daemon.config import GpuConfig, Limits
+from cgpu_agent.domain.channels import ChannelLimits, Channels
+from cgpu_agent.domain.core import Core
 from cgpu_agent.domain.gpujudge import GpuJudge
 from cgpu_agent.domain.gpurules import GpuRules
+from cgpu_agent.domain.leases import Leases
+from cgpu_agent.domain.loading import Loading
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.verifier.certificate import load_trusted
 from cgpu_agent.verifier.collateral import Collateral
@@ -23,6 +28,20 @@ T = TypeVar("T")
 def load_rules(config: GpuConfig) -> GpuRules:
     """The rules of the sessions."""
     return GpuRules(config.allow_simulated, config.count, config.reattest_seconds, config.report_seconds)
+
+
+def offer_transfers(
+    core: Core, limits: Limits, devices: TransferGpus | None, leases: Leases, epoch: Callable[[], object]
+) -> None:
+    """Have the core offer channels to GPUs' memory, where a driver gives any through the agent."""
+    if core.gpus is None or devices is None:
+        return
+    most = ChannelLimits(
+        limits.channels, limits.channels_per_uid, limits.transfers_per_uid, limits.gpu_mib_per_uid << 20
+    )
+    core.channels = Channels(devices, core.gpus, leases, epoch, core.audit, core.clock, most, core.vm_generation)
+    if core.release is not None:
+        core.loading = Loading(core.release, leases, core.channels)
 
 
 def load_judge(config: GpuConfig) -> GpuJudge:

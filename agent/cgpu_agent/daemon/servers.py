@@ -26,13 +26,15 @@ from cgpu_agent.api.v1 import (
     measured_boot_pb2_grpc,
     sealed_keys_pb2,
     sealed_keys_pb2_grpc,
+    transfer_buffers_pb2,
+    transfer_buffers_pb2_grpc,
 )
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.core import Core
 from cgpu_agent.domain.leases import Leases
 from cgpu_agent.domain.policy import Decision
 from cgpu_agent.domain.quota import InFlight
-from cgpu_agent.errors import Denied, Unavailable
+from cgpu_agent.errors import Unavailable
 from cgpu_agent.rpc.addresses import Listener
 from cgpu_agent.rpc.admin import AdminService
 from cgpu_agent.rpc.admission import DoorLimits
@@ -43,9 +45,10 @@ from cgpu_agent.rpc.gpus import GpusService
 from cgpu_agent.rpc.identify import Identified, Identifier
 from cgpu_agent.rpc.interceptor import Gate, Recorder, current_caller
 from cgpu_agent.rpc.keys import KeysService
-from cgpu_agent.rpc.leasedoor import LeaseDoor
+from cgpu_agent.rpc.leasedoor import LeaseDoor, LeaseKinds
 from cgpu_agent.rpc.measured_boot import MeasuredBootService
 from cgpu_agent.rpc.sealed_keys import SealedKeysService
+from cgpu_agent.rpc.transfer_buffers import TransferBuffersService
 
 MAX_REQUEST = 64 << 10
 MAX_RESPONSE = 32 << 20
@@ -168,17 +171,19 @@ def lease_door(
     identifier: Identifier,
     limits: DoorLimits,
     wants_executable: Callable[[], bool],
+    may_transfer: Callable[[Caller], bool],
 ) -> LeaseDoor:
-    """The door where memory is leased: to callers who may have some object opened, and to nobody else."""
+    """The door where memory is leased: to callers who may have an object opened or may transfer, and to no other."""
     digests = ExeDigests()
 
-    async def permit(who: Identified) -> None:
+    async def permit(who: Identified) -> LeaseKinds:
         caller = who.caller
         if wants_executable():
             with contextlib.suppress(Unavailable):
                 caller = replace(caller, exe_at_identify=await digests.digest(who))
-        if core.release is None or not core.release.may_open(caller):
-            raise Denied("NOT_ALLOWED", "not allowed: no policy lets this caller have an object opened")
+        release, gpus = core.release, [] if core.channels is None else core.channels.gpus
+        objects = release is not None and (release.may_open(caller) or release.may_load(caller, gpus))
+        return LeaseKinds(objects, transfers=core.channels is not None and may_transfer(caller))
 
     return LeaseDoor(listener, identifier, leases, permit, limits)
 
@@ -191,11 +196,13 @@ def add_public(core: Core) -> Callable[[grpc.aio.Server], tuple[str, ...]]:
         evidence_pb2_grpc.add_EvidenceServicer_to_server(EvidenceService(core), server)
         gpus_pb2_grpc.add_GpusServicer_to_server(GpusService(core), server)
         keys_pb2_grpc.add_KeysServicer_to_server(KeysService(core), server)
+        transfer_buffers_pb2_grpc.add_TransferBuffersServicer_to_server(TransferBuffersService(core), server)
         return (
             measured_boot_pb2.DESCRIPTOR.services_by_name["MeasuredBoot"].full_name,
             evidence_pb2.DESCRIPTOR.services_by_name["Evidence"].full_name,
             gpus_pb2.DESCRIPTOR.services_by_name["Gpus"].full_name,
             keys_pb2.DESCRIPTOR.services_by_name["Keys"].full_name,
+            transfer_buffers_pb2.DESCRIPTOR.services_by_name["TransferBuffers"].full_name,
         )
 
     return add

@@ -12,10 +12,12 @@ from cgpu_agent.backends.base import AkAlgorithm, Clock, MeasurementLogs, Tpm, T
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.boot import MeasuredBoot
+from cgpu_agent.domain.channels import Channels
 from cgpu_agent.domain.evidence import Evidence
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.gpustate import Reason
 from cgpu_agent.domain.keys import Keys, establish, with_certificate
+from cgpu_agent.domain.loading import Loading
 from cgpu_agent.domain.opening import Opening
 from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.policy import Facts
@@ -109,6 +111,9 @@ class Core:
     vault: Vault | None = None
     opening: Opening | None = None
     """``None`` where no memory is leased."""
+    channels: Channels | None = None
+    """``None`` where there are no GPUs whose memory can be had."""
+    loading: Loading | None = None
     vm_generation: Callable[[], int | None] = lambda: None
     _generation: int | None = _UNSEEN
     _boot: MeasuredBoot | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -106,8 +107,9 @@ class GpuExaminer:
             self._floor.rise(moment)
         self._floor.now()  # where they have shown that the clock is behind, this was judged at a wrong time
         until = began + self._rules.reattest_seconds
+        chains = {info.uuid: hashlib.sha256(evidence.chain).digest() for info, evidence in devices}
         return {
-            uuid: Verdict(identity, at.timestamp(), until, simulated)
+            uuid: Verdict(identity, at.timestamp(), until, simulated, chains[uuid])
             for uuid, (identity, simulated) in identities.items()
         }
 

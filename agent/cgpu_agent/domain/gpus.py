@@ -127,6 +127,22 @@ class GpuSessions:
         reason = None if ready else state.why if kind == "not-ready" else NO_GPUS
         return GpuView(self._gpus.kind, kind, reason, state.epoch, self._running is not None, state.sessions)
 
+    def trusted(self, uuid: str) -> Verdict:
+        """The verdict on a GPU that may be used now.
+
+        Raises:
+            Misuse: ``UNKNOWN_GPU``.
+            Unavailable: ``GPU_NOT_TRUSTED``.
+        """
+        session = next((each for each in self.state.sessions if each.info.uuid == uuid), None)
+        if session is None:
+            raise Misuse("UNKNOWN_GPU", "there is no GPU of this uuid")
+        verdict = session.verdict
+        if self.state.gate != "open" or verdict is None or verdict.until <= self._clock.monotonic():
+            why = session.reason or self.state.why
+            raise Unavailable("GPU_NOT_TRUSTED", f"the GPU is not trusted now: {why.slug}", retry_after=2.0)
+        return verdict
+
     def problems(self) -> list[Reason]:
         """What an operator should look at."""
         view = self.view()

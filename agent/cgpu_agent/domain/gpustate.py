@@ -10,7 +10,7 @@ nothing of what came after.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -41,12 +41,14 @@ class Verdict:
         at: host's time of the judgement, seconds since the epoch; untrusted.
         until: end of the trust, on the monotonic clock.
         simulated: a root other than NVIDIA's vouches for it.
+        chain: SHA-256 of the certificates (PEM, leaf first) that were accepted.
     """
 
     identity: str
     at: float
     until: float
     simulated: bool
+    chain: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +94,13 @@ class GpuState:
     Attributes:
         gate: whether the devices' ready state may be set.
         why: why the gate is not open.
+        on_doubt: told of every drop at once, before the ready state is cleared: what rests on the GPUs ends first.
         epoch: grows with every drop and every change of driver or identity; what was decided in one epoch is void in
             the next.
     """
 
     def __init__(self) -> None:
+        self.on_doubt: Callable[[Reason], None] = lambda _: None
         self.gate: Gate = "closed"
         self.why: Reason = STARTED
         self.epoch = 0
@@ -129,6 +133,7 @@ class GpuState:
                 self._sessions[uuid] = Session(session.info, "lost", reason)
             elif session.phase in ("discovered", "attesting", "trusted"):
                 self._sessions[uuid] = Session(session.info, "stale", reason)
+        self.on_doubt(reason)
 
     def see(self, devices: Sequence[GpuInfo]) -> bool:
         """Compare with what is there now; false, and doubt, if it is not what was there before."""

@@ -9,9 +9,10 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from cgpu_agent.backends.memory import SharedMemory
+from cgpu_agent.backends.workmemory import WorkMemory
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.errors import Denied, Exhausted, Misuse
 from cgpu_agent.wire.lease import ID_SIZE
@@ -22,6 +23,16 @@ class Process(Protocol):
 
     @property
     def caller(self) -> Caller: ...
+
+    @property
+    def pidfd(self) -> int | None:
+        """Readable when it has ended; ``None`` where the kernel has no such thing."""
+
+    def kept(self) -> Process:
+        """The same, for whoever outlives the connection; to be closed. Raises ``Denied`` (``CALLER_GONE``)."""
+
+    def close(self) -> None:
+        """Let go of its pidfd; from here on it counts as gone."""
 
     def is_same_process(self, other: Any) -> bool:
         """Whether the other is this very process, and lives."""
@@ -46,13 +57,35 @@ class Lease:
         id: 128 random bits. It names the lease and gives no right to it.
     """
 
-    def __init__(self, holder: Process, memory: SharedMemory, source: int | None) -> None:
+    def __init__(self, holder: Process, memory: SharedMemory | WorkMemory, source: int | None) -> None:
         self.id = secrets.token_bytes(ID_SIZE)
         self.holder = holder
-        self.memory = memory
+        self._memory = memory
         self.busy = False
         self._source = source
         self._lock = threading.Lock()
+
+    @property
+    def memory(self) -> SharedMemory:
+        """Where the agent writes and its holder reads. Raises ``Misuse`` (``LEASE_KIND``)."""
+        self.require_kind(writable=False)
+        return cast("SharedMemory", self._memory)
+
+    @property
+    def work(self) -> WorkMemory:
+        """Where its holder writes. Raises ``Misuse`` (``LEASE_KIND``)."""
+        self.require_kind(writable=True)
+        return cast("WorkMemory", self._memory)
+
+    def require_kind(self, *, writable: bool) -> None:
+        """Raises ``Misuse`` (``LEASE_KIND``)."""
+        if isinstance(self._memory, WorkMemory) is not writable:
+            how = "only reads" if writable else "writes to"
+            raise Misuse("LEASE_KIND", f"this lease is of memory that its holder {how}")
+
+    def take_descriptor(self) -> int:
+        """The memory's descriptor for its holder, once; whoever takes it closes it."""
+        return self._memory.take_descriptor()
 
     def source(self) -> int:
         """A descriptor of the sealed object that came with the lease, for the asker to close. It outlives the lease:
@@ -69,7 +102,7 @@ class Lease:
         """Wipe, and let go of memory and source."""
         with self._lock:
             self._source = None
-        self.memory.close()
+        self._memory.close()
 
 
 class Leases:
@@ -85,8 +118,11 @@ class Leases:
         return len(self._table)
 
     @contextlib.contextmanager
-    def granted(self, holder: Process, size: int, source: int | None) -> Iterator[Lease]:
+    def granted(self, holder: Process, size: int, source: int | None, *, writable: bool = False) -> Iterator[Lease]:
         """A new lease, which ends with the block, whatever happens there. ``source`` stays its owner's.
+
+        Args:
+            writable: its holder writes there, too.
 
         Raises:
             Misuse: ``LEASE_SIZE``.
@@ -94,7 +130,7 @@ class Leases:
             Unavailable: ``NO_MEMORY``.
         """
         with self._charged(holder.caller.uid, size):
-            lease = Lease(holder, SharedMemory(size), source)
+            lease = Lease(holder, WorkMemory(size) if writable else SharedMemory(size), source)
             try:
                 with self._lock:
                     self._table[lease.id] = lease
@@ -110,12 +146,12 @@ class Leases:
 
         Raises:
             Denied: ``NO_LEASE``, also for somebody else's; as ``still_the_same``.
+            Misuse: ``LEASE_KIND``.
             Exhausted: ``LEASE_BUSY``.
         """
         with self._lock:
-            lease = self._table.get(name)
-            if lease is None or not lease.holder.is_same_process(process):
-                raise Denied("NO_LEASE", "this process holds no such lease")
+            lease = self._find(name, process)
+            lease.require_kind(writable=False)
             if lease.busy:
                 raise Exhausted("LEASE_BUSY", "the lease is being filled already", retry_after=0.5)
             lease.busy = True
@@ -124,6 +160,20 @@ class Leases:
             yield lease
         finally:
             lease.busy = False
+
+    def work(self, name: bytes, process: Process) -> WorkMemory:
+        """The memory of this name that its holder writes to, if this process is its holder; for any number of uses.
+
+        Raises ``Denied`` (``NO_LEASE``), ``Misuse`` (``LEASE_KIND``).
+        """
+        with self._lock:
+            return self._find(name, process).work
+
+    def _find(self, name: bytes, process: Process) -> Lease:
+        lease = self._table.get(name)
+        if lease is None or not lease.holder.is_same_process(process):
+            raise Denied("NO_LEASE", "this process holds no such lease")
+        return lease
 
     @contextlib.contextmanager
     def _charged(self, uid: int, size: int) -> Iterator[None]:

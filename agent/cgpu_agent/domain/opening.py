@@ -111,9 +111,7 @@ class Opening:
             DeviceFault: ``CALL_TIMEOUT``.
             All that ``Release.open`` raises.
         """
-        if segment_size not in SEGMENT_SIZES.values():
-            sizes = " or ".join(str(size) for size in sorted(SEGMENT_SIZES.values()))
-            raise Misuse("BAD_SEGMENT_SIZE", f"the agent opens objects cut every {sizes} bytes")
+        require_segment_size(segment_size)
         # Slot and lease are given back when the thread has ended, and nothing can touch either any more.
         stack = contextlib.ExitStack()
         try:
@@ -146,7 +144,7 @@ class Opening:
         except BaseException as error:
             copy.stopped.set()
             await asyncio.shield(asyncio.to_thread(held.memory.wipe))
-            told = _told(error)
+            told = told_of_source(error)
             if told is None:
                 raise
             raise told from error
@@ -156,7 +154,14 @@ class Opening:
             await errand.finish(copy.close)
 
 
-def _told(error: BaseException) -> Misuse | None:
+def require_segment_size(size: int) -> None:
+    """Raises ``Misuse`` (``BAD_SEGMENT_SIZE``)."""
+    if size not in SEGMENT_SIZES.values():
+        sizes = " or ".join(str(each) for each in sorted(SEGMENT_SIZES.values()))
+        raise Misuse("BAD_SEGMENT_SIZE", f"the agent opens objects cut every {sizes} bytes")
+
+
+def told_of_source(error: BaseException) -> Misuse | None:
     """What the caller hears where it is the caller's file that is not the object that the caller named."""
     if isinstance(error, HostileInput):
         return Misuse(error.slug, error.message)

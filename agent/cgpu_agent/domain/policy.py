@@ -36,10 +36,12 @@ class Action(str, Enum):
     GPU_REPORT = "gpu.report"
     GPU_RAW_REPORT = "gpu.raw_report"
     GPU_ATTEST = "gpu.attest"
+    GPU_TRANSFER = "gpu.transfer"
     KEY_LIST = "key.list"
     KEY_GET = "key.get"
     KEY_PLAIN = "key.get_plain"
     KEY_OPEN = "key.open"
+    KEY_LOAD = "key.load"
 
 
 OPEN: Final = frozenset(
@@ -59,17 +61,33 @@ OPEN: Final = frozenset(
 """Actions that tell a caller about the VM, or speak only in the caller's own name. All others are sensitive."""
 
 
-OF_KEYS: Final = frozenset({Action.KEY_GET, Action.KEY_PLAIN, Action.KEY_OPEN})
+OF_KEYS: Final = frozenset({Action.KEY_GET, Action.KEY_PLAIN, Action.KEY_OPEN, Action.KEY_LOAD})
 """Actions whose resource is a ``Key``; that of all others is the machine."""
 
 
 @dataclass(frozen=True, slots=True)
+class GpuName:
+    """A GPU as policy sees it: the driver's name of it, and the identity (UEID) in its certificates."""
+
+    uuid: str = ""
+    ueid: str = ""
+
+
+NO_GPU: Final = GpuName()
+
+
+@dataclass(frozen=True, slots=True)
 class Key:
-    """A key as policy sees it: its id, who keeps it, and the group that the operator put it in."""
+    """A key as policy sees it: its id, who keeps it, and the group that the operator put it in.
+
+    Attributes:
+        gpu: into whose memory ``key.load`` would have an object opened.
+    """
 
     id: str
     broker: str
     group: str = ""
+    gpu: GpuName = NO_GPU
 
     @property
     def entity(self) -> Entity:
@@ -138,11 +156,14 @@ class Policy:
         """Whether a rule speaks of the caller's program, so that it must be hashed before deciding."""
 
         def ask(caller: Caller, action: Action, facts: Facts, key: Key | None) -> Decision:
+            context = facts.context()
+            if action is Action.KEY_LOAD and key is not None:
+                context["gpu"] = {"uuid": key.gpu.uuid, "ueid": key.gpu.ueid}
             return policies.decide(
                 principal=workload(caller),
                 action=action.value,
                 resource=_THIS_VM if key is None else key.entity,
-                context=facts.context(),
+                context=context,
             )
 
         self._ask: Final = lru_cache(_KEPT_DECISIONS)(ask)

@@ -18,7 +18,7 @@ from cgpu_agent.cedar.engine import Policies
 from cgpu_agent.cedar.files import agent_schema
 from cgpu_agent.cedar.text import Problem, Source
 from cgpu_agent.domain.caller import Caller, IdentityStrength
-from cgpu_agent.domain.policy import OF_KEYS, OPEN, Action, Facts, Key, Policy
+from cgpu_agent.domain.policy import NO_GPU, OF_KEYS, OPEN, Action, Facts, GpuName, Key, Policy
 
 _SENSITIVE: Final = tuple(action for action in Action if action not in OPEN)
 _SITUATIONS: Final = tuple(
@@ -89,7 +89,9 @@ def _resources(action: Action, words: Iterable[str]) -> list[Key | None]:
         return [None]
     texts = dict.fromkeys(word.strip('"') for word in words if word.startswith('"'))
     brokers = [broker for broker in get_args(BrokerKind) if broker in texts] or ["sealed"]
-    return [Key(text, broker, text) for text in [*list(texts)[:_MAX_KEYS], "any/key"] for broker in brokers]
+    named = list(texts)[:_MAX_KEYS]
+    gpus = [NO_GPU, *(GpuName(text, text) for text in named)] if action is Action.KEY_LOAD else [NO_GPU]
+    return [Key(text, broker, text, gpu) for text in [*named, "any/key"] for broker in brokers for gpu in gpus]
 
 
 def _risks(source: Source, alone: Policy) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 
 from cgpu_agent.errors import Exhausted
@@ -37,3 +38,29 @@ class InFlight:
                 del self._by_uid[uid]
             else:
                 self._by_uid[uid] -= 1
+
+
+class Budget:
+    """How much of something each uid may have, for as long as it likes. Not thread-safe: lives on the event loop.
+
+    Args:
+        per_uid: the most.
+        slug, message: of the refusal.
+    """
+
+    def __init__(self, per_uid: int, slug: str, message: str) -> None:
+        self.per_uid = per_uid
+        self._told = (slug, message)
+        self._taken: Counter[int] = Counter()
+
+    def take(self, uid: int, amount: int) -> None:
+        """Raises ``Exhausted``, and then takes nothing."""
+        if self._taken[uid] + amount > self.per_uid:
+            raise Exhausted(*self._told, retry_after=1.0)
+        self._taken[uid] += amount
+
+    def give(self, uid: int, amount: int) -> None:
+        """Give back what was taken."""
+        self._taken[uid] -= amount
+        if not self._taken[uid]:
+            del self._taken[uid]

@@ -7,15 +7,15 @@ GPU that was lost meanwhile, a policy that was reloaded, ends the release.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from cgpu_agent.backends.base import MAX_SECRET, Clock, KeyBroker
 from cgpu_agent.domain.attester import CoreAttester, Machine
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.caller import Caller
-from cgpu_agent.domain.policy import Action, Decision, Key
+from cgpu_agent.domain.policy import NO_GPU, Action, Decision, GpuName, Key
 from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.wrap import load_recipient, wrap
 from cgpu_agent.errors import Denied, HostileInput, Misuse, Unavailable
@@ -150,14 +150,32 @@ class Release:
             Unavailable: ``TRUST_CHANGED``: what was decided is void, ask again; ``AUDIT_UNAVAILABLE``;
                 ``KEY_NOT_FOR_OBJECTS``: not a key of sealed objects; and what ``KeyBroker.release`` raises.
         """
-        self._rate.take(caller.uid)
         how = {"how": "open", "object": name.object_id, "version": str(name.version)}
-        released = await self._release(caller, Action.KEY_OPEN, name.key_id, None, how, begin)
+        return await self._for_object(caller, Action.KEY_OPEN, name, NO_GPU, how, begin)
+
+    async def load(
+        self, caller: Caller, name: ObjectName, gpu: GpuName, begin: Begin
+    ) -> tuple[bytes, Callable[[], None]]:
+        """As ``open``, to have the object in this GPU's memory alone."""
+        how = {"how": "load", "object": name.object_id, "version": str(name.version), "gpu": gpu.uuid}
+        return await self._for_object(caller, Action.KEY_LOAD, name, gpu, how, begin)
+
+    async def _for_object(
+        self,
+        caller: Caller,
+        action: Action,
+        name: ObjectName,
+        gpu: GpuName,
+        how: Mapping[str, object],
+        begin: Begin,
+    ) -> tuple[bytes, Callable[[], None]]:
+        self._rate.take(caller.uid)
+        released = await self._release(caller, action, name.key_id, None, how, begin, gpu)
         if len(released.secret) != KEY_SIZE:
             raise Unavailable("KEY_NOT_FOR_OBJECTS", f"the key of a sealed object has {KEY_SIZE} bytes, not this one")
 
         def still() -> None:
-            self._still_permitted(caller, Action.KEY_OPEN, name.key_id, released.epoch)
+            self._still_permitted(caller, action, name.key_id, released.epoch, gpu)
 
         return released.secret, still
 
@@ -165,11 +183,26 @@ class Release:
         """Whether the caller may have any object opened now."""
         return any(self._decide(caller, Action.KEY_OPEN, spec.key).allowed for spec in self._keys.values())
 
+    def may_load(self, caller: Caller, gpus: Sequence[GpuName]) -> bool:
+        """Whether the caller may have any object in the memory of any of these GPUs now."""
+        return any(
+            self._decide(caller, Action.KEY_LOAD, replace(spec.key, gpu=gpu)).allowed
+            for spec in self._keys.values()
+            for gpu in gpus
+        )
+
     async def _release(
-        self, caller: Caller, action: Action, name: str, digest: bytes | None, how: Mapping[str, object], begin: Begin
+        self,
+        caller: Caller,
+        action: Action,
+        name: str,
+        digest: bytes | None,
+        how: Mapping[str, object],
+        begin: Begin,
+        gpu: GpuName = NO_GPU,
     ) -> _Released:
         """What every release goes through. When it returns nothing has changed, and from then on nothing may wait."""
-        spec, decision = self._permitted(caller, action, name)
+        spec, decision = self._permitted(caller, action, name, gpu)
         epoch = self._epoch()
         if self._audit is None:
             raise Unavailable("AUDIT_UNAVAILABLE", "no audit log is kept, and a release needs its record")
@@ -184,7 +217,7 @@ class Release:
             raise Unavailable("BROKER_ANSWER", f"the key cannot be had: {error.slug}") from error
         if not 1 <= len(released.secret) <= MAX_SECRET:
             raise Unavailable("BROKER_ANSWER", "the broker let go of what cannot be a key")
-        decision = self._still_permitted(caller, action, name, epoch)
+        decision = self._still_permitted(caller, action, name, epoch, gpu)
         expires = int(self._clock.time()) + spec.seconds
         sequence = await self._audit.record(
             "key",
@@ -200,22 +233,22 @@ class Release:
                 **how,
             },
         )
-        self._still_permitted(caller, action, name, epoch)
+        self._still_permitted(caller, action, name, epoch, gpu)
         return _Released(spec, released.secret, released.generation, sequence, expires, epoch)
 
-    def _permitted(self, caller: Caller, action: Action, name: str) -> tuple[KeySpec, Decision]:
+    def _permitted(self, caller: Caller, action: Action, name: str, gpu: GpuName) -> tuple[KeySpec, Decision]:
         spec = self._keys.get(name)
         if spec is not None:
-            decision = self._decide(caller, action, spec.key)
+            decision = self._decide(caller, action, replace(spec.key, gpu=gpu))
             if decision.allowed:
                 return spec, decision
         # In the same words, whatever policy says: nobody learns which keys there are.
         raise Denied("NOT_ALLOWED", "not allowed: no policy allows this")
 
-    def _still_permitted(self, caller: Caller, action: Action, name: str, epoch: Hashable) -> Decision:
+    def _still_permitted(self, caller: Caller, action: Action, name: str, epoch: Hashable, gpu: GpuName) -> Decision:
         if self._epoch() != epoch:
             raise Unavailable("TRUST_CHANGED", "what the release rests on has changed meanwhile", retry_after=1.0)
-        return self._permitted(caller, action, name)[1]
+        return self._permitted(caller, action, name, gpu)[1]
 
     def close(self) -> None:
         """Have every broker forget what it holds."""

@@ -10,11 +10,13 @@ from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import OPEN, Decision
 from cgpu_agent.errors import AgentError, Unavailable
-from cgpu_agent.rpc.methods import ACTIONS, BY_KEY, OPERATOR
+from cgpu_agent.rpc.methods import ACTIONS, BY_KEY, OPERATOR, WITHIN_CHANNEL
 
 log = structlog.get_logger()
 
-WEIGHTY = frozenset(method for method, action in ACTIONS.items() if action not in OPEN) | BY_KEY | OPERATOR
+WEIGHTY = (
+    frozenset(method for method, action in ACTIONS.items() if action not in OPEN) | BY_KEY | OPERATOR
+) - WITHIN_CHANNEL
 """Methods that are denied by default, or the operator's: whoever is let in is put on record first."""
 _KNOWN = ACTIONS.keys() | BY_KEY | OPERATOR
 

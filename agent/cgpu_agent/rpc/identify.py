@@ -101,6 +101,20 @@ class Identified:
             return False
         return self.pidfd_inode == other.pidfd_inode and self.alive() and other.alive()
 
+    def kept(self) -> Identified:
+        """The same process, for whoever outlives the connection; to be closed, too.
+
+        Raises ``Denied`` (``CALLER_GONE``), ``Unavailable`` (``CALLER_UNCHECKED``).
+        """
+        with self._lock:
+            if self._closed:
+                raise _gone()
+            try:
+                pidfd = None if self._pidfd is None else os.dup(self._pidfd)
+            except OSError as error:
+                raise Unavailable("CALLER_UNCHECKED", "the caller cannot be checked now", retry_after=1.0) from error
+        return Identified(self.caller, self.facts, pidfd, self._capabilities)
+
     def close(self) -> None:
         """Give the pidfd up; from here on the caller counts as gone. Idempotent."""
         with self._lock:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
 from typing import Any, Final
 
 from cgpu_agent.domain.leases import Leases
@@ -37,7 +38,15 @@ _PERMIT_SECONDS: Final = 15.0
 _CLOSE_SECONDS: Final = 3.0
 _MAX_REFUSING: Final = 64
 
-Permit = Callable[[Identified], Coroutine[Any, Any, None]]
+Permit = Callable[[Identified], Coroutine[Any, Any, "LeaseKinds"]]
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseKinds:
+    """Which memory a process may have on lease: to have objects opened; to transfer to and from GPUs."""
+
+    objects: bool
+    transfers: bool
 
 
 class LeaseDoor:
@@ -45,7 +54,7 @@ class LeaseDoor:
 
     Args:
         listener: SOCK_SEQPACKET; the door owns it from now on.
-        permit: asked on the event loop; raises ``AgentError`` for a process that may have no lease.
+        permit: asked on the event loop.
         patience: seconds for the exchange.
     """
 
@@ -201,12 +210,17 @@ class LeaseDoor:
         pidfd = holder.pidfd
         if pidfd is None or holder.caller.identity_strength != "pidfd":
             raise Denied("LEASE_IDENTITY", "this kernel has no SO_PEERPIDFD, without which a lease is nobody's")
-        self._ask_permission(holder)
+        kinds = self._ask_permission(holder)
+        if not (kinds.objects or kinds.transfers):
+            raise _not_allowed()
         if not _readable((sock.fileno(),), self._patience):
             raise Misuse("LEASE_TIMEOUT", "the request for a lease did not come in time")
         request = _receive(sock, came)
-        with self._leases.granted(holder, request.size, came[0] if came else None) as lease:
-            memory = lease.memory.take_descriptor()
+        if not (kinds.transfers if request.writable else kinds.objects):
+            raise _not_allowed()
+        source = came[0] if came else None
+        with self._leases.granted(holder, request.size, source, writable=request.writable) as lease:
+            memory = lease.take_descriptor()
             try:
                 holder.still_the_same()
                 socket.send_fds(sock, [encode_grant(lease.id)], [memory])
@@ -215,12 +229,12 @@ class LeaseDoor:
             # A word on a lease is a breach, and ends it like its end or the holder's.
             _readable((sock.fileno(), pidfd))
 
-    def _ask_permission(self, holder: Identified) -> None:
+    def _ask_permission(self, holder: Identified) -> LeaseKinds:
         if self._loop is None:
             raise ValueError("the door was not started")
         asked = asyncio.run_coroutine_threadsafe(self._permit(holder), self._loop)
         try:
-            asked.result(_PERMIT_SECONDS)
+            return asked.result(_PERMIT_SECONDS)
         except (TimeoutError, FutureTimeout):
             asked.cancel()
             raise Unavailable("CALL_TIMEOUT", "the policy could not be asked in time", retry_after=1.0) from None
@@ -257,6 +271,10 @@ def _readable(fds: tuple[int, ...], seconds: float | None = None) -> bool:
 def _send(sock: socket.socket, answer: bytes) -> None:
     with contextlib.suppress(OSError):
         sock.send(answer)
+
+
+def _not_allowed() -> Denied:
+    return Denied("NOT_ALLOWED", "not allowed: no policy lets this caller have such a lease")
 
 
 def _full() -> Exhausted:

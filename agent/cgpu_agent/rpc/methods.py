@@ -10,6 +10,7 @@ from cgpu_agent.domain.policy import Action, Decision, Facts, Policy
 _BOOT = "/cgpu.agent.v1.MeasuredBoot/"
 _GPUS = "/cgpu.agent.v1.Gpus/"
 _KEYS = "/cgpu.agent.v1.Keys/"
+_TRANSFERS = "/cgpu.agent.v1.TransferBuffers/"
 
 ACTIONS: Mapping[str, Action] = {
     _BOOT + "GetIdentity": Action.IDENTITY,
@@ -27,10 +28,25 @@ ACTIONS: Mapping[str, Action] = {
     _GPUS + "GetRawReport": Action.GPU_RAW_REPORT,
     _GPUS + "Attest": Action.GPU_ATTEST,
     _KEYS + "List": Action.KEY_LIST,
+    _TRANSFERS + "OpenChannel": Action.GPU_TRANSFER,
+    _TRANSFERS + "Allocate": Action.GPU_TRANSFER,
+    _TRANSFERS + "Free": Action.GPU_TRANSFER,
+    _TRANSFERS + "Submit": Action.GPU_TRANSFER,
+    _TRANSFERS + "LoadSealed": Action.GPU_TRANSFER,
+    _TRANSFERS + "Watch": Action.GPU_TRANSFER,
+    _TRANSFERS + "Synchronize": Action.GPU_TRANSFER,
+    _TRANSFERS + "CloseChannel": Action.GPU_TRANSFER,
+    _TRANSFERS + "GetStats": Action.GPU_TRANSFER,
 }
 
-BY_KEY = frozenset({_KEYS + "Get", _KEYS + "OpenSealed"})
-"""Methods that policy decides by what they ask for: the domain asks it, for each key."""
+BY_KEY = frozenset({_KEYS + "Get", _KEYS + "OpenSealed", _TRANSFERS + "LoadSealed"})
+"""Methods that policy decides by what they ask for: the domain asks it, for each key. One that has an action takes
+both permits."""
+
+WITHIN_CHANNEL = frozenset(
+    _TRANSFERS + name for name in ("Allocate", "Free", "Submit", "Watch", "Synchronize", "CloseChannel", "GetStats")
+)
+"""Methods that do nothing but for whoever has a channel, which is on record."""
 
 _SEALED = "/cgpu.agent.v1.SealedKeys/"
 OPERATOR = frozenset(_SEALED + name for name in ("Create", "Adopt", "Add", "Rotate", "Remove", "RaiseEpoch"))

@@ -10,11 +10,19 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from cgpu_agent.errors import Exhausted, Unavailable
-from cgpu_agent.transfer.channel import Channel
 
+
+class Closable(Protocol):
+    """A channel, as far as the engine goes: ``Channel``, or what a GPU has in its place."""
+
+    def close(self) -> None:
+        """End it; waits for whoever is using it. Idempotent."""
+
+
+C = TypeVar("C", bound=Closable)
 T = TypeVar("T")
 
 CHANNELS_PER_CORE: Final = 8
@@ -22,16 +30,16 @@ MAX_WAITING: Final = 64
 """Transfers of one channel that may wait for their turn."""
 
 
-class _Lane:
+class _Lane(Generic[C]):
     """A channel, its thread and how many transfers are waiting there."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: C) -> None:
         self.channel: Final = channel
         self.worker: Final = ThreadPoolExecutor(1, thread_name_prefix="transfer")
         self.waiting = 0
 
 
-class Engine:
+class Engine(Generic[C]):
     """Runs transfers of many channels.
 
     Args:
@@ -40,10 +48,10 @@ class Engine:
 
     def __init__(self, limit: int | None = None) -> None:
         self._limit: Final = limit or CHANNELS_PER_CORE * len(os.sched_getaffinity(0))
-        self._lanes: Final[dict[Channel, _Lane]] = {}
+        self._lanes: Final[dict[C, _Lane[C]]] = {}
         self._lock: Final = threading.Lock()
 
-    def add(self, channel: Channel) -> None:
+    def add(self, channel: C) -> None:
         """Take over a channel. Raises ``Exhausted`` (``TRANSFER_CHANNELS``), and closes it."""
         with self._lock:
             full = len(self._lanes) >= self._limit
@@ -53,7 +61,7 @@ class Engine:
             channel.close()
             raise Exhausted("TRANSFER_CHANNELS", f"there are {self._limit} transfer channels already")
 
-    def submit(self, channel: Channel, work: Callable[[Channel], T]) -> Future[T]:
+    def submit(self, channel: C, work: Callable[[C], T]) -> Future[T]:
         """Have ``work`` done in the channel's thread, after what was submitted before.
 
         Raises:
@@ -71,7 +79,7 @@ class Engine:
         future.add_done_callback(lambda _: self._done(lane))
         return future
 
-    def remove(self, channel: Channel) -> None:
+    def remove(self, channel: C) -> None:
         """Close a channel; transfers that wait are cancelled. Idempotent. Not from within the channel's own work."""
         with self._lock:
             lane = self._lanes.pop(channel, None)
@@ -88,6 +96,6 @@ class Engine:
         for channel in channels:
             self.remove(channel)
 
-    def _done(self, lane: _Lane) -> None:
+    def _done(self, lane: _Lane[C]) -> None:
         with self._lock:
             lane.waiting -= 1

@@ -3,7 +3,9 @@
 A connection (SOCK_SEQPACKET) carries one request and one answer; descriptors travel beside them (SCM_RIGHTS). After a
 grant it stays open and silent: it is the lease, which ends with it. Integers are big-endian:
 
-    request = "cgpu/lease/1" || 00 || sources, u8 (0 or 1) || bytes wanted, u64      with that many descriptors
+    request = "cgpu/lease/1" || 00 || kind, u8 || bytes wanted, u64
+              kind 0: memory to read; 1: the same, with one descriptor: of the sealed object to open;
+              2: memory to read and to write
     grant   = "cgpu/lease/1" || 00 || 01 || id, 16 random bytes                      with one descriptor: the memory
     refusal = "cgpu/lease/1" || 00 || 00 || kind, u8 || ms after which to retry, u32, 0 = never
               || size, u16 || slug || size, u16 || message
@@ -22,6 +24,7 @@ ID_SIZE: Final = 16
 MAX_MESSAGE: Final = 512
 """Longer than every good message, so that one that was cut to this size is none."""
 
+_PLAIN, _SOURCE, _WRITABLE = 0, 1, 2
 _MAGIC: Final = b"cgpu/lease/1\0"
 _GRANT, _REFUSAL = 1, 0
 _KINDS: Final[tuple[type[AgentError], ...]] = (Misuse, Denied, Exhausted, Unavailable)
@@ -38,22 +41,25 @@ class LeaseRequest:
     Attributes:
         size: bytes of memory.
         source: the message brings a descriptor of the sealed object to open.
+        writable: the caller is to write there itself; never with ``source``.
     """
 
     size: int
     source: bool
+    writable: bool = False
 
     def encode(self) -> bytes:
-        return _MAGIC + bytes([self.source]) + self.size.to_bytes(8, "big")
+        kind = _WRITABLE if self.writable else _SOURCE if self.source else _PLAIN
+        return _MAGIC + bytes([kind]) + self.size.to_bytes(8, "big")
 
     @classmethod
     def parse(cls, data: bytes) -> LeaseRequest:
         """Raises ``HostileInput``: ``BAD_LEASE_MESSAGE``, ``TRUNCATED``, ``TRAILING_BYTES``."""
         reader = _begun(data)
-        sources = reader.u8("sources")
-        if sources > 1:
+        kind = reader.u8("kind")
+        if kind > _WRITABLE:
             raise _bad()
-        request = cls(reader.u64("size"), bool(sources))
+        request = cls(reader.u64("size"), kind == _SOURCE, kind == _WRITABLE)
         reader.end()
         return request
 

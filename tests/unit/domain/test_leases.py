@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cgpu_agent.domain.leases import LeaseLimits, Leases
-from cgpu_agent.errors import AgentError, Misuse, Unavailable
+from cgpu_agent.errors import AgentError, Denied, Misuse, Unavailable
 from fixtures.leases import Lending
 
 MIB = 1 << 20
@@ -64,3 +64,36 @@ def test_a_source_in_use_outlives_its_lease(lending: Lending, tmp_path: Path) ->
     assert raised.value.slug == "NO_SOURCE"
     with pytest.raises(Unavailable):
         lease.memory.write(lease.memory.begin(), 0, b"late")
+
+
+def test_each_kind_of_lease_is_used_as_what_it_is(lending: Lending) -> None:
+    leases = lending.leases
+    with (
+        lending.caller() as me,
+        leases.granted(me, MIB, None) as read,
+        leases.granted(me, MIB, None, writable=True) as work,
+    ):
+        assert leases.work(work.id, me).size == MIB
+        with leases.borrowed(read.id, me) as borrowed:
+            assert borrowed.memory.size == MIB
+        with pytest.raises(Misuse) as wrong:
+            leases.work(read.id, me)
+        assert wrong.value.slug == "LEASE_KIND"
+        with pytest.raises(Misuse) as other, leases.borrowed(work.id, me):
+            pass
+        assert other.value.slug == "LEASE_KIND"
+
+
+def test_memory_to_write_to_is_charged_like_any_other_and_is_its_holders_alone(lending: Lending) -> None:
+    leases = Leases(LeaseLimits(MIB, MIB, MIB))
+    with lending.caller() as me, lending.caller(other=True) as stranger:
+        with leases.granted(me, MIB, None, writable=True) as lease:
+            assert refused(leases, lending, 1) == "LEASE_LIMIT"
+            with pytest.raises(Denied) as raised:
+                leases.work(lease.id, stranger)
+            assert raised.value.slug == "NO_LEASE"
+            memory = leases.work(lease.id, me)
+        with pytest.raises(Unavailable), memory.use(0, 1):
+            pass
+        with pytest.raises(Denied):
+            leases.work(lease.id, me)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cgpu_agent.cedar.files import agent_schema, default_policy
-from cgpu_agent.domain.policy import OF_KEYS, OPEN, Action, Decision, Facts, Key, Policy, workload
+from cgpu_agent.domain.policy import OF_KEYS, OPEN, Action, Decision, Facts, GpuName, Key, Policy, workload
 from cgpu_agent.errors import Misuse
 from fixtures.machine import WORKLOAD
 
@@ -34,7 +34,8 @@ def test_the_schema_knows_exactly_our_actions() -> None:
     blocks = re.findall(r"action\n(.*?)appliesTo", agent_schema(), re.DOTALL)
     named = [set(re.findall(r'^ +"([^"]+)"', block, re.MULTILINE)) for block in blocks]
     of_keys = {action.value for action in OF_KEYS}
-    assert named == [{action.value for action in Action} - of_keys, of_keys]
+    loads = {Action.KEY_LOAD.value}
+    assert named == [{action.value for action in Action} - of_keys, of_keys - loads, loads]
 
 
 def test_a_principal_has_exactly_the_attributes_of_the_schema() -> None:
@@ -124,6 +125,18 @@ def test_every_fact_about_a_key_can_be_asked(condition: str, holds: bool) -> Non
         f"when {{ {condition} }};"
     )
     assert Policy.load(text, "test").decide(WORKLOAD, Action.KEY_GET, SERVING, KEY).allowed is holds
+
+
+def test_loading_can_be_permitted_for_one_gpu() -> None:
+    text = (
+        '@id("it") permit(principal, action == CGpu::Action::"key.load", resource is CGpu::Key) '
+        'when { context.gpu.uuid == "GPU-1" && context.gpu.ueid == "77" };'
+    )
+    policy = Policy.load(text, "test")
+    for gpu, holds in ((GpuName("GPU-1", "77"), True), (GpuName("GPU-1", "78"), False), (GpuName(), False)):
+        key = dataclasses.replace(KEY, gpu=gpu)
+        assert policy.decide(WORKLOAD, Action.KEY_LOAD, SERVING, key).allowed is holds
+        assert not policy.decide(WORKLOAD, Action.KEY_OPEN, SERVING, key).allowed
 
 
 def test_a_permit_allows_its_action_and_no_other() -> None:

@@ -16,6 +16,12 @@ def said(condition: str, *, head: str = '@id("it")', action: str = 'action == CG
     return "\n".join(map(str, lint(text)))
 
 
+def test_a_permit_to_load_into_one_gpu_is_seen_for_what_it_is() -> None:
+    load = 'action == CGpu::Action::"key.load"'
+    assert "permits key.load to everybody" in said('context.gpu.uuid == "GPU-1"', action=load)
+    assert said('context.gpu.uuid == "GPU-1" && principal.unit == "trainer.service"', action=load) == ""
+
+
 @pytest.mark.parametrize(
     "condition",
     [

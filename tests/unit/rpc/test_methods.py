@@ -18,6 +18,8 @@ from cgpu_agent.api.v1 import (
     keys_pb2_grpc,
     measured_boot_pb2,
     measured_boot_pb2_grpc,
+    transfer_buffers_pb2,
+    transfer_buffers_pb2_grpc,
 )
 from cgpu_agent.domain.policy import OF_KEYS, OPEN, Action, Facts, Policy
 from cgpu_agent.rpc.admin import AdminService
@@ -25,16 +27,18 @@ from cgpu_agent.rpc.evidence import EvidenceService
 from cgpu_agent.rpc.gpus import GpusService
 from cgpu_agent.rpc.keys import KeysService
 from cgpu_agent.rpc.measured_boot import MeasuredBootService
-from cgpu_agent.rpc.methods import ACTIONS, BY_KEY, admin_authorizer, public_authorizer
+from cgpu_agent.rpc.methods import ACTIONS, BY_KEY, WITHIN_CHANNEL, admin_authorizer, public_authorizer
+from cgpu_agent.rpc.transfer_buffers import TransferBuffersService
 from fixtures.machine import WORKLOAD
 from fixtures.policies import granting, permit
 
-PUBLIC = (measured_boot_pb2, evidence_pb2, gpus_pb2, keys_pb2)
+PUBLIC = (measured_boot_pb2, evidence_pb2, gpus_pb2, keys_pb2, transfer_buffers_pb2)
 SERVICES: list[tuple[Any, type, type]] = [
     (measured_boot_pb2, measured_boot_pb2_grpc.MeasuredBootServicer, MeasuredBootService),
     (evidence_pb2, evidence_pb2_grpc.EvidenceServicer, EvidenceService),
     (gpus_pb2, gpus_pb2_grpc.GpusServicer, GpusService),
     (keys_pb2, keys_pb2_grpc.KeysServicer, KeysService),
+    (transfer_buffers_pb2, transfer_buffers_pb2_grpc.TransferBuffersServicer, TransferBuffersService),
     (admin_pb2, admin_pb2_grpc.AdminServicer, AdminService),
 ]
 ROOT = dataclasses.replace(WORKLOAD, uid=0, gid=0, unit=None)
@@ -51,7 +55,9 @@ def methods(*modules: Any) -> list[str]:
 
 def test_every_public_method_is_an_action_and_every_action_a_method() -> None:
     assert sorted(methods(*PUBLIC)) == sorted(ACTIONS.keys() | BY_KEY)
-    assert sorted(ACTIONS.values()) == sorted(set(Action) - OF_KEYS)
+    assert set(ACTIONS.values()) == set(Action) - OF_KEYS
+    alone = [action for method, action in ACTIONS.items() if method not in WITHIN_CHANNEL | BY_KEY]
+    assert sorted(alone) == sorted(set(Action) - OF_KEYS)
 
 
 @pytest.mark.parametrize(("module", "base", "service"), SERVICES)
@@ -72,7 +78,7 @@ def test_grant_opens_its_method(method: str) -> None:
     authorize = public_authorizer(lambda: policy, Facts)
     assert authorize(WORKLOAD, method).allowed
     assert not authorize(ROOT, method).allowed  # not even root, unless granted
-    others = [m for m in sorted(ACTIONS) if m != method and ACTIONS[m] not in OPEN]
+    others = [m for m in sorted(ACTIONS) if ACTIONS[m] is not ACTIONS[method] and ACTIONS[m] not in OPEN]
     assert not any(authorize(WORKLOAD, other).allowed for other in others)
 
 

@@ -13,7 +13,13 @@ REFUSAL = encode_refusal(Exhausted("LEASE_LIMIT", "too many", retry_after=1.5))
 
 
 @pytest.mark.parametrize(
-    "request_", [REQUEST, LeaseRequest(0, source=False), LeaseRequest((1 << 64) - 1, source=True)]
+    "request_",
+    [
+        REQUEST,
+        LeaseRequest(0, source=False),
+        LeaseRequest((1 << 64) - 1, source=True),
+        LeaseRequest(7, source=False, writable=True),
+    ],
 )
 def test_a_request_is_read_as_it_was_written(request_: LeaseRequest) -> None:
     assert LeaseRequest.parse(request_.encode()) == request_
@@ -21,6 +27,8 @@ def test_a_request_is_read_as_it_was_written(request_: LeaseRequest) -> None:
 
 def test_the_bytes_are_those_of_the_documentation() -> None:
     assert REQUEST.encode().hex() == "636770752f6c656173652f3100" + "01" + "0000010000000000"
+    writable = LeaseRequest(1 << 40, source=False, writable=True)
+    assert writable.encode().hex() == "636770752f6c656173652f3100" + "02" + "0000010000000000"
     assert encode_grant(ID).hex() == "636770752f6c656173652f3100" + "01" + ID.hex()
 
 
@@ -75,6 +83,8 @@ def test_an_answer_of_another_form_is_none(bad: bytes) -> None:
     assert raised.value.slug == "BAD_LEASE_MESSAGE"
 
 
-def test_more_sources_than_one_are_none() -> None:
-    with pytest.raises(HostileInput):
-        LeaseRequest.parse(REQUEST.encode().replace(b"\0\1", b"\0\2", 1))
+def test_a_kind_that_nobody_knows_is_none() -> None:
+    for kind in range(3, 256):
+        with pytest.raises(HostileInput) as raised:
+            LeaseRequest.parse(REQUEST.encode().replace(b"\0\1", bytes([0, kind]), 1))
+        assert raised.value.slug == "BAD_LEASE_MESSAGE"
