@@ -38,15 +38,19 @@ class Memory:
         self._lease = lease
         self.id = lease.id
         self.view = lease.view
-        self._address = _address(self.view)
+        self._place: tuple[int, int] | None = (_address(self.view), self.view.nbytes)
 
     def offset_of(self, part: memoryview) -> int | None:
         """Where a part of this memory begins; ``None`` for any other memory."""
-        start = _address(part) - self._address
-        return start if 0 <= start <= start + part.nbytes <= self.view.nbytes else None
+        if self._place is None:  # what is at its address now is something else
+            return None
+        address, size = self._place
+        start = _address(part) - address
+        return start if 0 <= start <= start + part.nbytes <= size else None
 
     def close(self) -> None:
         """End the lease: the agent wipes the memory. Idempotent."""
+        self._place = None
         self._lease.close()
 
 

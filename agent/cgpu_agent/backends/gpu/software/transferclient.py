@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 
 from cgpu_agent.backends.gpu.software import commands
 from cgpu_agent.backends.gpu.software.requester import Session
-from cgpu_agent.backends.gpu.software.transferdevice import ACCEPTED, TOKEN_SIZE, door_of
+from cgpu_agent.backends.gpu.software.transferdevice import ACCEPTED, MAX_MEMORY, TOKEN_SIZE, door_of
 from cgpu_agent.errors import DeviceFault, Exhausted, HostileInput, Misuse
 from cgpu_agent.transfer.channel import Channel
 from cgpu_agent.transfer.duplex import STALL, ChannelName, Duplex
@@ -48,7 +48,8 @@ class Transfers:
 
     async def allocate(self, size: int, *, timeout: float) -> int:
         """A handle of ``size`` bytes. Raises ``Exhausted`` (``DEVICE_MEMORY``)."""
-        result = await self._ask(time.monotonic() + timeout, "allocate", size=size)
+        known = size <= MAX_MEMORY  # the GPU takes a larger number for a breach of the protocol
+        result = await self._ask(time.monotonic() + timeout, "allocate", size=size) if known else None
         if result is None:
             raise Exhausted("DEVICE_MEMORY", "the GPU has no room for this allocation")
         return _only(result, lambda fields: fields.integer("handle", 1, (1 << 32) - 1))
