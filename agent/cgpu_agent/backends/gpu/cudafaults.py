@@ -45,31 +45,23 @@ _RETRY: Final[Mapping[int, float]] = {46: 1.0, 802: 1.0}
 
 
 class CudaFault(DeviceFault):
-    """A call that the driver refused.
+    """A call that the driver refused. Made like any other fault, for whoever hands on a copy of it."""
 
-    Args:
-        code: ``CUresult``.
-        call: the CUDA function.
-    """
-
-    def __init__(self, code: int, call: str) -> None:
-        slug, words = _meaning(code)
-        super().__init__(slug, f"{words} ({call}: {code})", retry_after=_RETRY.get(code))
-        self.code = code
+    code: int | None = None
+    """``CUresult``."""
 
 
 def failed(code: int, call: str) -> CudaFault | Unavailable:
     """Build the error of a result other than 0."""
-    slug, words = _meaning(code)
+    slug, usual = MEANINGS.get(code, ("GPU_ERROR", "the GPU driver refused, with a code that is not expected here"))
+    words = f"{usual} ({call}: {code})"
     if slug == _UNSUPPORTED:
-        return unsupported(f"{words} ({call}: {code})")
-    return CudaFault(code, call)
+        return unsupported(words)
+    fault = CudaFault(slug, words, retry_after=_RETRY.get(code))
+    fault.code = code
+    return fault
 
 
 def unsupported(words: str) -> Unavailable:
     """Build the error of what this machine cannot do."""
     return Unavailable(_UNSUPPORTED, words)
-
-
-def _meaning(code: int) -> tuple[str, str]:
-    return MEANINGS.get(code, ("GPU_ERROR", "the GPU driver refused, with a code that is not expected here"))

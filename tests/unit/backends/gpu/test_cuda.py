@@ -116,7 +116,7 @@ def test_calls_of_one_channel_take_turns(owner: Owner, channel: CudaChannel) -> 
 
 def test_the_gpu_is_chosen_by_its_uuid(cuda: FakeCuda) -> None:
     for order in ((3, 7), (7, 3)):
-        cuda.plug(*order)
+        cuda.plug(*map(uuid_of, order))
         owner = Owner.of(7)
         assert cuda.chosen() == order.index(7)
         owner.end()
@@ -124,9 +124,9 @@ def test_the_gpu_is_chosen_by_its_uuid(cuda: FakeCuda) -> None:
 
 def test_a_gpu_that_is_not_there_or_there_twice_is_none(cuda: FakeCuda) -> None:
     assert refused(lambda: Owner.of(5), DeviceFault) == "GPU_LOST"
-    cuda.plug(5, 5)
+    cuda.plug(uuid_of(5), uuid_of(5))
     assert refused(lambda: Owner.of(5), DeviceFault) == "GPU_ERROR"
-    cuda.plug(*range(65))
+    cuda.plug(*map(uuid_of, range(65)))
     assert refused(lambda: Owner.of(5), DeviceFault) == "GPU_ERROR"
 
 

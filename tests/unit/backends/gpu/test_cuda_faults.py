@@ -11,6 +11,7 @@ from cgpu_agent.backends.gpu import cudachannel
 from cgpu_agent.backends.gpu.cudafaults import MEANINGS, OUT_OF_MEMORY
 from cgpu_agent.errors import AgentError, DeviceFault, Exhausted, Unavailable
 from fixtures.cuda import FakeCuda, Owner, eventually, fake_cuda
+from fixtures.nvml import uuid_of
 
 SECRET = bytes.fromhex("6b65792d6f662d736f6d65626f64792d2d7730726b6c3061642d2d2d2d2d2d21")
 ECC, UNNAMED = 214, 12345
@@ -49,7 +50,7 @@ def test_every_code_is_told_with_its_reason(cuda: FakeCuda, call: str, code: int
 def test_no_memory_for_a_context_or_a_channel(cuda: FakeCuda) -> None:
     cuda.fail("cuCtxCreate_v4", OUT_OF_MEMORY)
     assert refused(Owner.of).slug == "GPU_ERROR"
-    cuda.plug(0)
+    cuda.plug(uuid_of(0))
     owner = Owner.of()
     for call in ("cuMemHostAlloc", "cuStreamCreate", "cuEventCreate"):
         cuda.fail(call, OUT_OF_MEMORY)
