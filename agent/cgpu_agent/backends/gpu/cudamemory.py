@@ -112,8 +112,6 @@ class CudaMemory:
 
     def _end(self, deadline: float) -> None:
         for channel in self._channels:
-            channel.stop()
-        for channel in self._channels:
             channel.close()  # before the context goes: a call of theirs must not find it gone
         try:
             for handle in self._rooms.all():
