@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from cgpu_agent import __version__
-from cgpu_agent.backends.base import Gpus, TransferGpus
+from cgpu_agent.backends.base import TransferGpus
 from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
 from cgpu_agent.backends.gpu.software.client import SoftwareGpus
 from cgpu_agent.backends.logs import SystemLogs
@@ -90,7 +90,7 @@ def _listener(passed: int | None, path: str, mode: int, kind: socket.SocketKind 
     return bind_listener(path, mode, kind) if passed is None else adopt_listener(socket.socket(fileno=passed), kind)
 
 
-def _open_gpus(config: GpuConfig) -> Gpus | None:
+def _open_gpus(config: GpuConfig) -> NvmlGpus | SoftwareGpus | None:
     """The GPUs that the configuration names. NVIDIA's driver may come later; its absence is a state, not an error."""
     if config.backend == "none":
         return None
@@ -245,7 +245,7 @@ class App:
         gpus = _open_gpus(config.gpu)
         if gpus is None:
             return None
-        self._transfer_gpus = gpus if isinstance(gpus, SoftwareGpus) else None
+        self._transfer_gpus = gpus
         core = self._core
         try:
             floor = TimeFloor(core.clock, Store(Path(config.state_dir)))

@@ -59,7 +59,7 @@ class Channel:
             HostileInput: as ``Opener.receive``; ``BAD_REPLY``.
             Unavailable: ``TRANSFER_STOPPED``, ``TRANSFER_DEAD``.
         """
-        view = _view(source)
+        view = view_of(source)
         _require_place(handle, offset, len(view))
         send = self._duplex.sealer.send
         with self._busy():
@@ -75,7 +75,7 @@ class Channel:
 
         Those of one slot are all made or, if the device refuses one, none. Raises as ``write``.
         """
-        views = [(handle, offset, _view(source)) for handle, offset, source in copies]
+        views = [(handle, offset, view_of(source)) for handle, offset, source in copies]
         for handle, offset, view in views:
             _require_place(handle, offset, len(view))
         slots = list(_slots(views))
@@ -99,7 +99,7 @@ class Channel:
         Nothing is written there before its tag was verified; after an exception a beginning of it may be filled.
         Raises as ``write``.
         """
-        view = _view(out)
+        view = view_of(out)
         _require_place(handle, offset, len(view))
         target = address_of(view)
         opener = self._duplex.opener
@@ -179,7 +179,8 @@ def _slots(copies: Sequence[tuple[int, int, memoryview]]) -> Iterator[list[tuple
         yield chosen
 
 
-def _view(source: Buffer) -> memoryview:
+def view_of(source: Buffer) -> memoryview:
+    """All bytes of a buffer. Raises ``Misuse`` (``BAD_COPY``) where there are none."""
     view = memoryview(source).cast("B")
     if not view:
         raise Misuse("BAD_COPY", "there is nothing to copy")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from cgpu_agent.backends.base import GpuEvent, GpuEvidence, GpuInfo
+from cgpu_agent.backends.gpu.cudamemory import CudaMemory
 from cgpu_agent.backends.gpu.hub import Hub
 from cgpu_agent.backends.gpu.nvml import Nvml
 from cgpu_agent.backends.gpu.nvmlfaults import DRIVER_NOT_LOADED, UNINITIALIZED, NvmlFault, ready_not_put, timed_out
@@ -80,6 +81,12 @@ class NvmlGpus:
             raise ready_not_put(DRIVER_NOT_LOADED)  # Asking would start a helper on every machine without a GPU.
         else:
             await self._lease.put(ready, timeout=timeout)
+
+    async def establish_transfers(self, uuid: str, *, timeout: float) -> CudaMemory:
+        """As ``TransferGpus``, by CUDA; ``GPU_UNSUPPORTED`` without the extra ``cuda``. Outlives ``close``."""
+        if self._devices.closed:
+            raise _closed()
+        return await CudaMemory.establish(uuid, timeout=timeout)
 
     def events(self) -> AsyncIterator[GpuEvent]:
         return self._hub.follow()
