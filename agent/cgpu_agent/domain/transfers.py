@@ -165,6 +165,6 @@ def _steps(copies: Sequence[Copy]) -> Iterator[list[Copy]]:
 
 def told(error: AgentError) -> AgentError:
     """The error as the caller gets it, afresh: without traceback, and so without the buffers that one keeps."""
-    if isinstance(error, HostileInput):  # from the device or the way to it: no fault of the caller's
-        return DeviceFault(error.slug, error.message)
-    return type(error)(error.slug, error.message, retry_after=error.retry_after)
+    # What is hostile here came from the device or the way to it; and what else a device's faults know stays here.
+    kind = DeviceFault if isinstance(error, (HostileInput, DeviceFault)) else type(error)
+    return kind(error.slug, error.message, retry_after=error.retry_after)
