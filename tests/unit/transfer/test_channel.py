@@ -158,6 +158,13 @@ def test_allocations_are_counted(site: Session) -> None:
         site.allocate(1)
 
 
+@pytest.mark.parametrize("size", [MAX_MEMORY + 1, (1 << 64) - 1])
+def test_more_memory_than_there_is_costs_the_session_nothing(site: Session, size: int) -> None:
+    with pytest.raises(Exhausted, match="DEVICE_MEMORY"):
+        site.allocate(size)
+    assert site.allocate(1)
+
+
 def test_channels_end_with_their_session(site: Session) -> None:
     handle, channel = site.allocate(9), site.channel()
     channel.write(handle, 0, b"x")

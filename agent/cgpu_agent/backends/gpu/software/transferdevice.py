@@ -262,7 +262,7 @@ class TransferSession:
         self._exporter[:] = bytes(len(self._exporter))
 
     def _allocate(self, arguments: Fields) -> dict[str, object] | None:
-        size = arguments.integer("size", 1, MAX_MEMORY)
+        size = arguments.integer("size", 1, (1 << 64) - 1)
         arguments.end()
         handle = self._memory.allocate(size)
         return None if handle is None else {"handle": handle}
