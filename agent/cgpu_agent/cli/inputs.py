@@ -18,6 +18,8 @@ _TIME = re.compile(
     r"(?P<zone>[Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
 """RFC 3339, 5.6."""
+_SIZE = re.compile(r"(?P<number>[0-9]{1,12})(?P<unit>|KiB|MiB|GiB)")
+_UNITS = {"": 0, "KiB": 10, "MiB": 20, "GiB": 30}
 
 
 def read_file(path: Path, limit: int = MAX_FILE) -> bytes:
@@ -69,6 +71,15 @@ def parse_hex(text: str, what: str) -> bytes:
         return bytes.fromhex(text.strip())
     except ValueError:
         raise Misuse("BAD_HEX", f"{what} is not hex") from None
+
+
+def parse_size(text: str, what: str) -> int:
+    """Bytes: a number of them, or of KiB, MiB or GiB. Raises ``Misuse`` (``BAD_ARGUMENT``)."""
+    found = _SIZE.fullmatch(text)
+    size = 0 if found is None else int(found["number"]) << _UNITS[found["unit"]]
+    if not size:
+        raise Misuse("BAD_ARGUMENT", f"{what} must be a size such as 4096, 64KiB, 16MiB or 1GiB")
+    return size
 
 
 def parse_time(text: str | None) -> datetime:

@@ -22,6 +22,7 @@ from cgpu_agent.cli.arguments import (
     quote,
     reference,
     status,
+    transfer,
     verify,
 )
 from cgpu_agent.cli.arguments import object as object_
@@ -44,6 +45,7 @@ _COMMANDS: tuple[Callable[[Commands], None], ...] = (
     policy.add,
     audit.add,
     object_.add,
+    transfer.add,
     completion.add,
 )
 """In the order of the help and of cgpuctl(1)."""

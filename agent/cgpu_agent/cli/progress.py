@@ -25,7 +25,11 @@ class Progress:
         self._shown = sys.stderr.isatty()
 
     def add(self, count: int) -> None:
-        self._done += count
+        self.reach(self._done + count, self._total)
+
+    def reach(self, done: int, total: int | None) -> None:
+        """So many bytes, of so many, in all."""
+        self._done, self._total = done, total
         now = time.monotonic()
         if self._shown and now - self._told >= _EVERY:
             self._told = now

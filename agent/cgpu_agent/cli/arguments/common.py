@@ -11,6 +11,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # n
 """What commands are added to."""
 
 DEFAULT_AUDIENCE = "local"
+_SEGMENT_SIZES = ("1MiB", "4KiB")
 
 ONE_EACH: Mapping[str, Any] = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
 SEVERAL: Mapping[str, Any] = {"type": Path, "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
@@ -37,3 +38,12 @@ def add_admin_socket(parser: argparse.ArgumentParser) -> None:
 
 def _socket(parser: argparse.ArgumentParser, what: str, variable: str) -> None:
     parser.add_argument("--socket", metavar="PATH", help=f"{what} (default: {variable}, else /run/cgpu-agent)")
+
+
+def add_segment_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--segment-size",
+        choices=_SEGMENT_SIZES,
+        default=_SEGMENT_SIZES[0],
+        help=f"how it is cut, which no object says of itself (default: {_SEGMENT_SIZES[0]})",
+    )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from cgpu_agent.cli.arguments.common import Commands, add_json, group
-
-_SEGMENT_SIZES = ("1MiB", "4KiB")
+from cgpu_agent.cli.arguments.common import Commands, add_json, add_segment_size, group
 
 
 def add(commands: Commands) -> None:
@@ -26,7 +23,7 @@ def add(commands: Commands) -> None:
         parser.add_argument(
             "--object-version", type=int, required=True, metavar="N", help="its version, from 1 up: one per content"
         )
-        _segment_size(parser)
+        add_segment_size(parser)
         parser.add_argument("source", type=Path, metavar="IN", help="what to read; - for standard input")
         parser.add_argument("target", type=Path, metavar="OUT", help="where to write; - for standard output")
         add_json(parser)
@@ -37,15 +34,6 @@ def add(commands: Commands) -> None:
         description="Print an object's header and the sizes that follow from its own. Nothing is verified.",
     )
     parser.add_argument("source", type=Path, metavar="FILE", help="the sealed object")
-    _segment_size(parser)
+    add_segment_size(parser)
     add_json(parser)
     parser.set_defaults(module="object")
-
-
-def _segment_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--segment-size",
-        choices=_SEGMENT_SIZES,
-        default=_SEGMENT_SIZES[0],
-        help=f"how it is cut, which no object says of itself (default: {_SEGMENT_SIZES[0]})",
-    )
