@@ -17,6 +17,7 @@ _BROKERS = ("credential", "sealed", "openbao", "trustee", "azure")
 _GPU_STATES = ("ready", "not-ready", "none", "not-asked")
 _BANKS = ("sha1", "sha256", "sha384", "sha512")
 _SEGMENT_SIZES = ("1MiB", "4KiB")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _ONE_EACH: Mapping[str, Any] = {"type": Path, "action": "append", "default": [], "metavar": "FILE"}
 _SEVERAL: Mapping[str, Any] = {"type": Path, "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
@@ -36,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _status(commands)
     _doctor(commands)
+    _metrics(commands)
+    _log_level(commands)
     _boot(commands)
     _evidence(commands)
     _verify(commands)
@@ -83,6 +86,28 @@ def _doctor(commands: _Commands[argparse.ArgumentParser]) -> None:
     _socket(parser, "the agent's socket", "CGPU_AGENT_SOCKET")
     _json(parser)
     parser.set_defaults(module="doctor")
+
+
+def _metrics(commands: _Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "metrics",
+        help="the agent's numbers, for Prometheus",
+        description="Print the agent's numbers in Prometheus' text format, for root and the agent's user.",
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it (default: stdout)")
+    _socket(parser, "the agent's admin socket", "CGPU_AGENT_ADMIN_SOCKET")
+    parser.set_defaults(module="metrics")
+
+
+def _log_level(commands: _Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "log-level",
+        help="how much the agent writes to the journal",
+        description="Show how much the agent writes to the journal, or set it until the next reload or start.",
+    )
+    parser.add_argument("level", nargs="?", choices=_LOG_LEVELS, metavar="LEVEL", help=", ".join(_LOG_LEVELS))
+    _socket(parser, "the agent's admin socket", "CGPU_AGENT_ADMIN_SOCKET")
+    parser.set_defaults(module="loglevel")
 
 
 def _boot(commands: _Commands[argparse.ArgumentParser]) -> None:

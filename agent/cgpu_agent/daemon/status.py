@@ -33,6 +33,17 @@ def line(core: Core, servers: Sequence[Guarded], stuck: Sequence[str], reload_pr
     return "; ".join(parts)
 
 
+def problems(core: Core, stuck: Sequence[str], reload_problem: str | None) -> list[Problem]:
+    """Everything that an operator should look at, worst first."""
+    found = core.problems()
+    found += [
+        Problem("STUCK", f"the {name} gives no sign of life", "systemd will restart the agent") for name in stuck
+    ]
+    if reload_problem:
+        found.append(Problem("CONFIG_NOT_APPLIED", reload_problem, "mend the file and reload, or restart"))
+    return found
+
+
 def compose(
     core: Core,
     servers: Sequence[Guarded],
@@ -45,14 +56,9 @@ def compose(
     identity_strength: str,
 ) -> pb.GetStatusResponse:
     """Everything an operator may ask."""
-    problems = core.problems()
-    problems += [
-        Problem("STUCK", f"the {name} gives no sign of life", "systemd will restart the agent") for name in stuck
-    ]
-    if reload_problem:
-        problems.append(Problem("CONFIG_NOT_APPLIED", reload_problem, "mend the file and reload, or restart"))
+    found = problems(core, stuck, reload_problem)
     state = core.state()
-    if state == "serving" and problems:
+    if state == "serving" and found:
         state = "degraded"
     stats = servers[0].door.stats()
     return pb.GetStatusResponse(
@@ -60,7 +66,7 @@ def compose(
         status_line=line(core, servers, stuck, reload_problem),
         version=__version__,
         uptime_seconds=uptime,
-        problems=[pb.Problem(reason=p.reason, message=p.message, remedy=p.remedy) for p in problems],
+        problems=[pb.Problem(reason=p.reason, message=p.message, remedy=p.remedy) for p in found],
         tpm=_tpm(core.keys, evidence_pcrs),
         door=pb.DoorStatus(
             open=stats.open,

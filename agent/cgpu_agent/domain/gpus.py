@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import random
 import secrets
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -74,6 +75,9 @@ class GpuSessions:
         recorder: where the result is put on record, before it takes effect.
         rng: for the jitter of re-attestation.
         nonce: makes 32 fresh bytes.
+
+    Attributes:
+        attestations: how many ended ``trusted`` or ``refused``.
     """
 
     def __init__(
@@ -106,6 +110,8 @@ class GpuSessions:
         self._began = -_LONGEST_WAIT
         self._due = -_LONGEST_WAIT
         self._failures = 0
+        self.attestations: Counter[str] = Counter()
+        self._trusted_at: float | None = None
         self._ticked = clock.monotonic()
         self._recorded = False
         self._unrecorded: Reason | None = None
@@ -126,6 +132,11 @@ class GpuSessions:
         kind: Literal["none", "ready", "not-ready"] = "ready" if ready else "not-ready" if there else "none"
         reason = None if ready else state.why if kind == "not-ready" else NO_GPUS
         return GpuView(self._gpus.kind, kind, reason, state.epoch, self._running is not None, state.sessions)
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since all GPUs were last attested with success."""
+        return None if self._trusted_at is None else self._clock.monotonic() - self._trusted_at
 
     def problems(self) -> list[Reason]:
         """What an operator should look at."""
@@ -339,8 +350,11 @@ class GpuSessions:
     def _ended(self, _task: asyncio.Task[None]) -> None:
         self._running = None
         now = self._clock.monotonic()
-        if self.state.gate == "open":
+        trusted = self.state.gate == "open"
+        self.attestations["trusted" if trusted else "refused"] += 1
+        if trusted:
             self._failures = 0
+            self._trusted_at = now
             self._due = now + self._rules.reattest_seconds * self._rng.uniform(0.5, 0.8)
         else:
             self._failures += 1
