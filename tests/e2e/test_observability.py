@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from cgpu_agent import __version__
@@ -21,6 +24,7 @@ from fixtures.softwaregpu import GpuProcess, running_gpus, using
 
 pytestmark = pytest.mark.swtpm
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "packaging" / "observability"
 CANARY = "canary.of.a.caller"
 
 
@@ -135,6 +139,53 @@ def test_every_family_has_help_type_and_a_fitting_name(served: Daemon) -> None:
         assert family.name.startswith("cgpu_agent_")
         assert all(sample.name.endswith("_total") for sample in family.samples) or family.type != "counter"
         assert not family.name.endswith("_total")
+
+
+def series(expression: str) -> list[tuple[str, dict[str, str]]]:
+    """Names of series in an expression of PromQL, with the labels that select them; operators do not matter here."""
+    found = re.findall(r"\b(cgpu_agent_\w+)(?:\{([^}]*)\})?", expression)
+    return [(name, dict(re.findall(r'(\w+)(?:=|!=|=~|!~)"([^"]*)"', selected))) for name, selected in found]
+
+
+def expressions() -> list[str]:
+    """Of the dashboard and of the alerts."""
+    panels = json.loads((EXAMPLES / "dashboard.json").read_text())["panels"]
+    rules = [
+        rule for group in yaml.safe_load((EXAMPLES / "alerts.yaml").read_text())["groups"] for rule in group["rules"]
+    ]
+    return [target["expr"] for panel in panels for target in panel.get("targets", ())] + [
+        rule["expr"] for rule in rules
+    ]
+
+
+def test_dashboard_and_alerts_ask_for_what_a_live_agent_tells(served: Daemon) -> None:
+    with served.client() as agent:
+        agent.get_evidence(bytes(32), CANARY)
+        agent.get_key("llama", plain=True)
+        with pytest.raises(Denied):
+            agent.measure_event(b"x")
+    told: dict[str, list[dict[str, str]]] = {}
+    for name, labels in samples(served.admin().get_metrics()):
+        told.setdefault(name, []).append(dict(labels))
+    asked = [each for expression in expressions() for each in series(expression)]
+    assert len(asked) > 30
+    for name, selected in asked:
+        assert name in told
+        wanted = selected.keys() - {"instance"}  # the scraper's own
+        assert all(wanted <= labels.keys() for labels in told[name]), (name, selected)
+    used = {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") for name, _ in asked}
+    offered = {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") for name in told}
+    assert used == offered, "what nobody looks at need not be told"
+
+
+def test_enumerated_labels_that_alerts_select_exist(served: Daemon) -> None:
+    told = samples(served.admin().get_metrics())
+    values = {(name, key, value) for name, labels in told for key, value in labels}
+    for expression in expressions():
+        for name, selected in series(expression):
+            for key in selected.keys() & {"state", "phase", "outcome", "socket"}:
+                if name != "cgpu_agent_key_releases_total":  # told once it happened
+                    assert all((name, key, each) in values for each in selected[key].split("|")), (name, selected)
 
 
 def test_without_being_asked_for_there_is_no_socket() -> None:

@@ -55,7 +55,7 @@ def families(
             [({"reason": reason}, 1) for reason in sorted({problem.reason for problem in problems})],
         ),
         *_calls(servers),
-        *_tpm(tpm),
+        *_tpm(core, tpm),
         *_evidence(core),
         *_gpus(core),
         *_keys(core, leases),
@@ -123,10 +123,11 @@ def _calls(servers: Sequence[Guarded]) -> list[Family]:
     ]
 
 
-def _tpm(tpm: BusyTpm) -> list[Family]:
+def _tpm(core: Core, tpm: BusyTpm) -> list[Family]:
+    waiting = tpm.waiting + (core.boot.waiting if core.established else 0)
     return [
         Family("cgpu_agent_tpm_command_seconds", "histogram", "Exchanges with the TPM.", [({}, tpm.seconds)]),
-        Family("cgpu_agent_tpm_jobs_waiting", "gauge", "Jobs that wait for the TPM.", [({}, tpm.waiting)]),
+        Family("cgpu_agent_tpm_jobs_waiting", "gauge", "Jobs that wait for the TPM.", [({}, waiting)]),
     ]
 
 
