@@ -505,8 +505,10 @@ class App:
 
     def metrics(self) -> str:
         """See ``rpc.admin.Operated``, as for what follows."""
-        problems = status.problems(self._core, self._watchdog.stuck(time.monotonic()), self._reload_problem)
-        return exposition(families(self._core, self._servers, self._tpm, self._leases, problems, self._build))
+        core = self._core
+        problems = status.problems(core, self._watchdog.stuck(time.monotonic()), self._reload_problem)
+        state = status.state_of(core, problems)
+        return exposition(families(core, self._servers, self._tpm, self._leases, state, problems, self._build))
 
     def log_level(self) -> tuple[str, str]:
         return self._log_level, self._config.log_level

@@ -36,6 +36,7 @@ def families(
     servers: Sequence[Guarded],
     tpm: BusyTpm,
     leases: CountedLeases,
+    state: State,
     problems: Sequence[Problem],
     build: str,
 ) -> list[Family]:
@@ -46,7 +47,7 @@ def families(
             "cgpu_agent_state",
             "gauge",
             "1 for the state that the agent is in.",
-            [({"state": state}, state == core.state()) for state in get_args(State)],
+            [({"state": each}, each == state) for each in get_args(State)],
         ),
         Family(
             "cgpu_agent_problem",

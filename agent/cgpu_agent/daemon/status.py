@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cgpu_agent import __version__
 from cgpu_agent.api.v1 import admin_pb2
 from cgpu_agent.daemon.servers import SELF_CHECK, Guarded
-from cgpu_agent.domain.core import Core, Problem
+from cgpu_agent.domain.core import Core, Problem, State
 from cgpu_agent.domain.keys import Keys
 
 pb = admin_pb2
@@ -44,6 +44,12 @@ def problems(core: Core, stuck: Sequence[str], reload_problem: str | None) -> li
     return found
 
 
+def state_of(core: Core, found: Sequence[Problem]) -> State:
+    """The state, with what only the daemon knows."""
+    state = core.state()
+    return "degraded" if state == "serving" and found else state
+
+
 def compose(
     core: Core,
     servers: Sequence[Guarded],
@@ -57,12 +63,9 @@ def compose(
 ) -> pb.GetStatusResponse:
     """Everything an operator may ask."""
     found = problems(core, stuck, reload_problem)
-    state = core.state()
-    if state == "serving" and found:
-        state = "degraded"
     stats = servers[0].door.stats()
     return pb.GetStatusResponse(
-        state=_STATES[state],
+        state=_STATES[state_of(core, found)],
         status_line=line(core, servers, stuck, reload_problem),
         version=__version__,
         uptime_seconds=uptime,

@@ -19,6 +19,7 @@ from cgpu_agent.rpc.addresses import bind_listener
 from cgpu_agent.rpc.environment import self_check_environment
 from cgpu_agent.rpc.identify import Identifier
 from cgpu_agent.rpc.metricsdoor import MAX_REQUEST, MetricsDoor, judge
+from cgpu_agent.rpc.peer import SO_PASSRIGHTS
 
 GOOD = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: text/plain;version=0.0.4, */*;q=0.1\r\n\r\n"
 TEXT = "# HELP a \N{GREEK SMALL LETTER ALPHA}\n# TYPE a gauge\na 1\n"
@@ -85,6 +86,14 @@ class Door:
         command = [sys.executable, "-c", READ, str(self.path), *map(str, (uid, gid, *groups))]
         asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
         return asked.stdout.strip() or asked.stderr.strip().splitlines()[-1]
+
+
+def refuses_descriptors(sock: socket.socket) -> bool:
+    """Whether this kernel has SO_PASSRIGHTS, which is 1 for a socket that nobody changed."""
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS) == 1
+    except OSError:
+        return False
 
 
 def answer(sock: socket.socket) -> tuple[int, bytes]:
@@ -186,6 +195,14 @@ def test_what_cannot_be_told_is_unavailable_and_says_nothing(tmp_path: Path) -> 
 
     with Door(tmp_path / "m.sock", fail, 2.0).open() as door:
         assert door.ask(GOOD) == (503, b"")
+
+
+def test_descriptors_cannot_be_sent_to_the_door(door: Door) -> None:
+    with door.connected() as sock:
+        if not refuses_descriptors(sock):
+            pytest.skip("this kernel cannot refuse descriptors (Linux 6.16)")
+        with pytest.raises(PermissionError):
+            socket.send_fds(sock, [GOOD], [sock.fileno()])
 
 
 @needs_root
