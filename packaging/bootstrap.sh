@@ -34,6 +34,7 @@ if [ "$extra" = dev ]; then
     command -v systemd-analyze >/dev/null 2>&1 || want systemd
     command -v man >/dev/null 2>&1 || want man-db
     command -v groff >/dev/null 2>&1 || want groff-base
+    command -v mandoc >/dev/null 2>&1 || want mandoc
     [ -x /bin/kill ] || want procps
     command -v unshare >/dev/null 2>&1 || want util-linux
     command -v shellcheck >/dev/null 2>&1 || want shellcheck

@@ -11,7 +11,7 @@ import pytest
 from cgpu_agent.cli.main import main
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.wire.audit import AuditHead
-from cgpu_agent.wire.bundle import AuditAnchor
+from cgpu_agent.wire.manifest import AuditAnchor
 from fixtures.bundles import made
 
 

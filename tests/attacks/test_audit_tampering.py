@@ -24,7 +24,7 @@ from cgpu_agent.domain.release import KeySpec, Release
 from cgpu_agent.errors import Unavailable
 from cgpu_agent.rpc.auditor import Auditor
 from cgpu_agent.wire.audit import AuditHead, AuditRecord, digest_of, parse_record
-from cgpu_agent.wire.bundle import AuditAnchor
+from cgpu_agent.wire.manifest import AuditAnchor
 from cgpu_agent.wire.strictjson import dumps
 from fixtures.bundles import made
 from fixtures.gpusessions import MovableClock
@@ -85,16 +85,19 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         clock,
     )
 
+    auditor = Auditor(audit)
+
     async def one(caller: Caller) -> None:
         outcomes = []
 
         async def begin(decision: Decision) -> None:
-            outcomes.append(await Auditor(audit).begins(caller, "/cgpu.agent.v1.Keys/Get", decision))
+            outcomes.append(await auditor.begins(caller, "/cgpu.agent.v1.Keys/Get", decision))
 
         await release.get(caller, "llama", None, begin)
         (ended,) = outcomes
         assert ended is not None
-        await ended("OK")
+        ended("OK")
+        await auditor.settle()
 
     async def work() -> None:
         for number in range(RELEASES):

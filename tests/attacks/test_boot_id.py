@@ -10,7 +10,8 @@ import pytest
 from cgpu_agent.domain.evidence import Request
 from cgpu_agent.errors import Unavailable
 from cgpu_agent.verifier.evidence import EvidenceResult
-from cgpu_agent.wire.bundle import Manifest, parse_bundle, parse_manifest
+from cgpu_agent.wire.bundle import parse_bundle
+from cgpu_agent.wire.manifest import Manifest, parse_manifest
 from cgpu_agent.wire.tpm import parse_attest
 from fixtures.machine import BOOT_ID, WORKLOAD, Machine, judge, replay_boot, request
 

@@ -19,7 +19,9 @@ from cgpu_agent.domain.keys import Keys, establish, first_record
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import DeviceFault, Unavailable
 from cgpu_agent.wire import cel
-from cgpu_agent.wire.bundle import LogDigest, manifest_extra_data, parse_bundle, parse_manifest
+from cgpu_agent.wire.bundle import parse_bundle
+from cgpu_agent.wire.extradata import manifest_extra_data
+from cgpu_agent.wire.manifest import LogDigest, parse_manifest
 from fixtures.machine import AGENT, BOOT_ID, PLATFORM_AK, REGISTER, WORKLOAD, Machine, judge, request
 
 pytestmark = pytest.mark.swtpm

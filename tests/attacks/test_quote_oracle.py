@@ -13,7 +13,8 @@ import pytest
 from cgpu_agent.client import Agent
 from cgpu_agent.domain.policy import Action, Facts, Policy
 from cgpu_agent.errors import Denied, Misuse
-from cgpu_agent.wire.bundle import caller_quote_extra_data, manifest_extra_data, parse_bundle
+from cgpu_agent.wire.bundle import parse_bundle
+from cgpu_agent.wire.extradata import caller_quote_extra_data, manifest_extra_data
 from cgpu_agent.wire.tpm import parse_attest
 from fixtures.daemon import Daemon, booted_daemon
 from fixtures.machine import AUDIENCE, WORKLOAD, judge, request

@@ -19,13 +19,14 @@ from cgpu_agent.backends.tpm.transport import UnixPerCommand, response_code
 from cgpu_agent.domain import sealedkeys as sealed
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.latch import Latch
-from cgpu_agent.domain.sealedkeys import CLOSED, LATCH_HANDLE, OPEN, SealedKeys
+from cgpu_agent.domain.sealedkeys import SealedKeys
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import DeviceFault, Misuse, Unavailable
 from cgpu_agent.verifier.approval import _load_key, _sign, sign_approval
 from cgpu_agent.wire import approval as approvals
 from cgpu_agent.wire import tpmpolicy
 from cgpu_agent.wire.approval import EPOCH, Approval
+from cgpu_agent.wire.keyring import CLOSED, LATCH_HANDLE, OPEN
 from cgpu_agent.wire.tpmpolicy import AUTH_READ, NvIndex
 from fixtures.owner import FLEET, GROUP, Owner
 from fixtures.sealedkeys import KEY, Thief, Vault, left_behind, set_owner_auth
@@ -686,7 +687,7 @@ def test_head_undefined_or_forged_is_a_mismatch(vault: Vault, thief: Thief) -> N
     assert refused(lambda: vault.keys.list(vault.tpm)) == "KEYS_MISMATCH"
     forged = NvIndex(head.index, tpmpolicy.AUTH_WRITE | AUTH_READ | tpmpolicy.NO_DA, b"", 32)
     thief.tpm.sealing.nv_define(forged)
-    digest = sealed._digest(vault.ring)
+    digest = vault.ring.digest
     vault.swtpm.execute(raw._authorised(0x137, [head.index, head.index], raw.sized(digest) + b"\0\0"))
     assert refused(lambda: vault.keys.list(vault.tpm)) == "KEY_INDEX_LOST"
 

@@ -23,7 +23,10 @@ from cgpu_agent.verifier.credential import make_credential
 from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.verifier.quote import verify_quote
 from cgpu_agent.wire import cel
-from cgpu_agent.wire.bundle import caller_quote_extra_data, parse_bundle, parse_manifest, parse_statement
+from cgpu_agent.wire.bundle import parse_bundle
+from cgpu_agent.wire.extradata import caller_quote_extra_data
+from cgpu_agent.wire.manifest import parse_manifest
+from cgpu_agent.wire.statement import parse_statement
 from cgpu_agent.wire.tpm import parse_attest, parse_public
 from fixtures.daemon import Daemon, booted_daemon
 from fixtures.machine import AUDIENCE, BOOT_LOG, judge

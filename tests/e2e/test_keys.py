@@ -138,7 +138,8 @@ def test_a_uid_gets_so_many_keys_a_minute_over_whatever_connections(daemon: Daem
             assert raised.value.slug == "KEY_LIMIT"
             assert raised.value.retry_after is not None
             assert 0 < raised.value.retry_after <= 60
-        assert [key.key for key in other.list_keys()] == ["plain"]
+        with pytest.raises(Exhausted):
+            other.list_keys()  # which costs three decisions a key
     if os.geteuid() == 0:
         assert ask(daemon.socket, "key", uid=12345)[0] == "NOT_ALLOWED"  # not KEY_LIMIT: it has a count of its own
     assert daemon.stop() == 0

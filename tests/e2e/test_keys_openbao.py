@@ -15,7 +15,7 @@ import pytest
 from cgpu_agent.backends.base import ReleasedKey
 from cgpu_agent.backends.keys.openbao import OpenBao, OpenBaoConfig
 from cgpu_agent.errors import AgentError, Denied, Unavailable
-from cgpu_agent.wire.bundle import KeyRelease
+from cgpu_agent.wire.statement import KeyRelease
 from cgpu_agent.wire.strictjson import b64
 from fixtures.bundles import caller
 from fixtures.openbao import (

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.client import AgentError
-from cgpu_agent.domain.sealedkeys import LATCH_HANDLE, OPEN
 from cgpu_agent.wire.audit import EMPTY, follow
+from cgpu_agent.wire.keyring import LATCH_HANDLE, OPEN
 from fixtures.daemon import PATIENCE, Daemon, booted_daemon
 from fixtures.owner import FLEET, GROUP, Owner
 from fixtures.policies import permit

@@ -20,9 +20,11 @@ from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.evidence import EvidenceResult, verify_evidence
 from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.wire import strictjson
-from cgpu_agent.wire.bundle import Bundle, parse_bundle, parse_manifest, parse_statement
+from cgpu_agent.wire.bundle import Bundle, parse_bundle
 from cgpu_agent.wire.cel import parse_agent_log, parse_systemd_log
+from cgpu_agent.wire.manifest import parse_manifest
 from cgpu_agent.wire.merkle import Tree
+from cgpu_agent.wire.statement import parse_statement
 from cgpu_agent.wire.tpm import ALG_ECDSA, parse_signature
 from fixtures.attest import tpm2b, u16
 from fixtures.bundles import (

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
-from cgpu_agent.wire.tpm import ClockInfo, PcrSelection
+from cgpu_agent.wire.tpm import ClockInfo, KeyBlob, PcrSelection
 from cgpu_agent.wire.tpmpolicy import NvIndex
 
 T = TypeVar("T")
@@ -23,16 +23,6 @@ class Signed:
     """TPMS_ATTEST, no size prefix."""
     signature: bytes
     """TPMT_SIGNATURE."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeyBlob:
-    """A key that only this TPM can load again; ``private`` is encrypted by its parent inside the TPM."""
-
-    public: bytes
-    """TPM2B_PUBLIC content, i.e. a TPMT_PUBLIC."""
-    private: bytes
-    """TPM2B_PRIVATE content."""
 
 
 @dataclass(frozen=True, slots=True)

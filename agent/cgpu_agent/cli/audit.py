@@ -9,7 +9,8 @@ from cgpu_agent.cli import output
 from cgpu_agent.cli.inputs import read_file
 from cgpu_agent.errors import HostileInput, Misuse
 from cgpu_agent.wire.audit import EMPTY, AuditHead, AuditRecord, digest_of, follow, parse_record
-from cgpu_agent.wire.bundle import MAX_BUNDLE, parse_bundle, parse_manifest
+from cgpu_agent.wire.bundle import MAX_BUNDLE, parse_bundle
+from cgpu_agent.wire.manifest import parse_manifest
 
 _MAX_LOG = 256 << 20
 

@@ -39,6 +39,7 @@ from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded, lease_door
 from cgpu_agent.daemon.watchdog import Watchdog
 from cgpu_agent.domain.audit import AuditLog
+from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.core import Core, Settings, is_final
 from cgpu_agent.domain.gpujudge import GpuJudge
 from cgpu_agent.domain.gpurecord import GpuRecords
@@ -47,7 +48,7 @@ from cgpu_agent.domain.gpustate import Reason
 from cgpu_agent.domain.leases import LeaseLimits
 from cgpu_agent.domain.opening import Opening
 from cgpu_agent.domain.platform import PlatformBelow
-from cgpu_agent.domain.policy import Key, Policy
+from cgpu_agent.domain.policy import Action, Decision, Key, Policy
 from cgpu_agent.domain.quota import InFlight
 from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.release import KeySpec, Release
@@ -61,6 +62,7 @@ from cgpu_agent.rpc.admission import DoorLimits
 from cgpu_agent.rpc.auditor import Auditor
 from cgpu_agent.rpc.environment import self_check_environment
 from cgpu_agent.rpc.identify import Identifier
+from cgpu_agent.rpc.interceptor import LogThrottle
 from cgpu_agent.rpc.methods import admin_authorizer, public_authorizer
 from cgpu_agent.rpc.metricsdoor import MetricsDoor
 from cgpu_agent.wire.bundle import MAX_CERTIFICATE
@@ -69,6 +71,7 @@ from cgpu_agent.wire.metrics import exposition
 _DRAIN_SECONDS = 5.0
 _STATUS_SECONDS = 1.0
 _PROBE_SECONDS = 5.0
+_RENEW_SECONDS = 3600.0
 _FIXED = ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "platform", "gpu", "limits", "key", *BROKER_TABLES)
 """What of the configuration takes a restart."""
 
@@ -122,6 +125,7 @@ class App:
         self._notifier = notifier
         self._policy = load_policy(config)
         self._reload_problem: str | None = None
+        self._throttle = LogThrottle()
         self._capabilities = self_check_environment()
         self._build = build_digest()
         passed = passed_descriptors()
@@ -144,7 +148,7 @@ class App:
         self._core.gpus = self._gpu_sessions(config)
         self._core.vault = self._vault(config)
         self._core.release = self._release(config)
-        recorder = Auditor(self._core.audit)
+        recorder = self._recorder = Auditor(self._core.audit)
         self._core.certify(self._ak_certificate())
         limits = DoorLimits(max_connections=config.limits.connections, max_per_uid=config.limits.connections_per_uid)
         identifier = Identifier(self._capabilities)
@@ -227,13 +231,19 @@ class App:
         return Release(
             keys,
             make_brokers(config, self._tpm, core.logs, core.clock, core.vault),
-            lambda caller, action, key: self._policy.decide(caller, action, core.facts(), key),
+            self._decide_key,
             self._trust_epoch,
             core.audit,
             core,
             Rate(core.clock, config.limits.keys_per_minute, "KEY_LIMIT", limit),
             core.clock,
         )
+
+    def _decide_key(self, caller: Caller, action: Action, key: Key) -> Decision:
+        decision = self._policy.decide(caller, action, self._core.facts(), key)
+        if decision.log_detail and self._throttle.allow(time.monotonic()):
+            log.error("the policy could not be evaluated", action=action.value, detail=decision.log_detail)
+        return decision
 
     def _trust_epoch(self) -> tuple[int, str]:
         """What was decided in one epoch is void in the next."""
@@ -319,6 +329,7 @@ class App:
             agent=self._agent_digests(),
             request_seconds=tpm.request_seconds,
             identity_strength=self._capabilities.identity_strength,
+            tpm_seconds_per_minute=self._config.limits.tpm_seconds_per_minute,
         )
 
     async def run(self) -> None:
@@ -353,7 +364,10 @@ class App:
             await self._show()
             self._notifier.ready()
             log.info("ready", version=__version__, socket=self._public.public_path)
-            tasks |= {asyncio.create_task(work) for work in (self._tick(), self._probe(), self._reloads(reload))}
+            tasks |= {
+                asyncio.create_task(work)
+                for work in (self._tick(), self._probe(), self._renew(), self._reloads(reload))
+            }
             if gpus is not None:
                 tasks |= {asyncio.create_task(work) for work in (gpus.run(), self._tell_gpus(gpus))}
             running: set[asyncio.Task[Any]] = tasks
@@ -384,6 +398,7 @@ class App:
         await asyncio.to_thread(self._lease_door.close)
         if self._metrics_door is not None:
             await asyncio.to_thread(self._metrics_door.close)
+        await self._recorder.settle()
         await self._audit_denials(now=True)
         await self._audit("agent-stop")
         if self._core.release is not None:
@@ -430,6 +445,17 @@ class App:
             if self._core.established:
                 with contextlib.suppress(AgentError):  # kept as the core's state
                     await self._core.boot.probe()
+
+    async def _renew(self) -> None:
+        """Look again now and then for what the platform renews while the machine runs."""
+        while True:
+            await asyncio.sleep(_RENEW_SECONDS)
+            await self._renew_once()
+
+    async def _renew_once(self) -> None:
+        with contextlib.suppress(AgentError):  # a TPM that does not answer is the probe's to tell
+            if await self._core.renew():
+                log.info("the platform AK has another certificate")
 
     async def _tell_gpus(self, gpus: GpuSessions) -> None:
         """Every change of the GPUs, in the journal."""
@@ -484,6 +510,7 @@ class App:
         self._config = fresh
         self._policy = policy
         self._core.certify(self._ak_certificate())
+        await self._renew_once()
         if changed:
             await self._audit("agent-reload")
             try:

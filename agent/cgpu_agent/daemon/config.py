@@ -124,14 +124,16 @@ class KeyConfig:
 class Limits:
     """Bounds on what callers can hold: connections before, running calls after they are identified.
 
-    ``keys_per_minute``: how often one uid may ask for a key. ``leases``, ``lease_mib``: how many pieces of memory are
-    shared with callers, and how large one is; then of one uid and in all.
+    ``tpm_seconds_per_minute``: how long the TPM may work for one uid. ``keys_per_minute``: how often one uid may ask
+    for a key. ``leases``, ``lease_mib``: how many pieces of memory are shared with callers, and how large; then
+    of one uid and in all.
     """
 
     connections: int = 1024
     connections_per_uid: int = 64
     calls: int = 2048
     calls_per_uid: int = 512
+    tpm_seconds_per_minute: int = 30
     keys_per_minute: int = 60
     leases: int = 64
     leases_per_uid: int = 8

@@ -11,7 +11,7 @@ from cgpu_agent.domain.evidence import Evidence, Request
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.errors import Unavailable
-from cgpu_agent.wire.bundle import KeyRelease
+from cgpu_agent.wire.statement import KeyRelease
 
 
 class Machine(Protocol):

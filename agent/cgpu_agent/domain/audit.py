@@ -7,6 +7,7 @@ and minute instead, so that nobody can fill the disk by being refused.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -56,6 +57,7 @@ class AuditLog:
             raise Unavailable(
                 "AUDIT_BROKEN", "the audit log is damaged; move it away and keep it as evidence"
             ) from error
+        self._torn: int | None = None
         self.quoted: AuditHead = EMPTY
         """The head that the newest manifest holds."""
 
@@ -105,6 +107,7 @@ class AuditLog:
                 raise Unavailable("AUDIT_UNAVAILABLE", "the record of this call is longer than the audit log takes")
             lines += line
             head = AuditHead(head.sequence + 1, digest_of(line))
+        self._mend()
         self._rotate()
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(self._path, flags, 0o600)
@@ -117,12 +120,20 @@ class AuditLog:
                 if size == 0:
                     sync_folder(self._folder)  # or a power cut takes a new file, name and all
             except OSError:
-                os.ftruncate(descriptor, size)  # all of it or nothing
+                self._torn = size  # all of it or nothing: now, or before the next
+                with contextlib.suppress(OSError):
+                    self._mend()
                 raise
         finally:
             os.close(descriptor)
         self.head = head
         return head.sequence
+
+    def _mend(self) -> None:
+        """Cut off what a failed write left behind; where that fails, too, nothing is written until it can be done."""
+        if self._torn is not None:
+            os.truncate(self._path, self._torn)
+            self._torn = None
 
     def _rotate(self) -> None:
         if not self._path.exists() or self._path.stat().st_size < MAX_FILE:

@@ -11,11 +11,12 @@ from cgpu_agent.backends.base import AkAlgorithm, LoadedKey, MeasurementLogs, Si
 from cgpu_agent.domain.agentlog import AgentLog, CallerRecords
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.keys import Keys, tpm_was_reset
+from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.turns import Turns
 from cgpu_agent.errors import DeviceFault, Misuse, Unavailable
 from cgpu_agent.wire import strictjson
-from cgpu_agent.wire.bundle import caller_quote_extra_data, is_reserved_extra_data
 from cgpu_agent.wire.cel import Author, Record
+from cgpu_agent.wire.extradata import caller_quote_extra_data, is_reserved_extra_data
 from cgpu_agent.wire.tpm import Attest, ClockInfo, PcrSelection, Quoted, parse_attest, parse_signature, pcr_digest
 
 T = TypeVar("T")
@@ -81,11 +82,15 @@ class MeasuredBoot:
 
     Args:
         timeout: seconds for one request's TPM job, waiting included.
+        seconds: of the TPM's time, for each uid.
     """
 
-    def __init__(self, tpm: Tpm, keys: Keys, log: AgentLog, logs: MeasurementLogs, *, timeout: float) -> None:
+    def __init__(
+        self, tpm: Tpm, keys: Keys, log: AgentLog, logs: MeasurementLogs, *, timeout: float, seconds: Rate
+    ) -> None:
         self._tpm = tpm
         self._timeout = timeout
+        self._seconds = seconds
         self.keys = keys
         self.log = log
         self.logs = logs
@@ -109,14 +114,16 @@ class MeasuredBoot:
         """Run a TPM job, unless evidence is refused; remember a refusal that only a reboot mends.
 
         Args:
-            owner: on whose behalf, a uid or ``AGENT``: owners take turns at the TPM.
+            owner: on whose behalf, a uid or ``AGENT``: owners take turns, and a uid has a share of the TPM's time.
+
+        Raises ``Exhausted`` (``TPM_LIMIT``), and what the job raises.
         """
         if self.refusal is not None:
             # A new one: an exception that is raised again and again keeps every traceback.
             raise Unavailable(self.refusal.slug, self.refusal.message)
         try:
             async with self._turns.turn(owner):
-                result = await self._tpm.run(job, timeout=self._timeout, idempotent=idempotent)
+                result = await self._charged(owner, job, idempotent)
         except DeviceFault as error:
             if error.slug == "TPM_RESET":
                 self.refusal = tpm_was_reset()
@@ -130,6 +137,26 @@ class MeasuredBoot:
             raise
         self.fault = None
         return result
+
+    async def _charged(self, owner: Hashable, job: Callable[[TpmCommands], T], idempotent: bool) -> T:
+        """Run a job, at the cost of a uid's share of the TPM: its time there, not what it waits."""
+        if not isinstance(owner, int):
+            return await self._tpm.run(job, timeout=self._timeout, idempotent=idempotent)
+        self._seconds.require(owner, 0.0)
+        spent = 0.0
+
+        def timed(tpm: TpmCommands) -> T:
+            nonlocal spent
+            begun = self._seconds.clock.monotonic()
+            try:
+                return job(tpm)
+            finally:
+                spent += self._seconds.clock.monotonic() - begun
+
+        try:
+            return await self._tpm.run(timed, timeout=self._timeout, idempotent=idempotent)
+        finally:
+            self._seconds.spend(owner, spent)
 
     def check_counters(self, now: ClockInfo) -> None:
         """Raises ``TPM_RESET_DETECTED`` when the TPM was reset or restarted since the keys were established."""
@@ -156,7 +183,7 @@ class MeasuredBoot:
         return await self.run(caller.uid, lambda tpm: tpm.activate_credential(handle, ek, id_object, secret))
 
     async def quote(self, caller: Caller, nonce: bytes, pcrs: tuple[int, ...]) -> BootQuote:
-        """A plain quote that names its caller (see ``wire.bundle.caller_quote_extra_data``)."""
+        """A plain quote that names its caller (see ``wire.extradata.caller_quote_extra_data``)."""
         if not 8 <= len(nonce) <= 64:
             raise Misuse("BAD_NONCE", "the nonce must have 8 to 64 bytes")
         return await self._plain_quote(caller, caller_quote_extra_data(caller.claims_bytes(), nonce), pcrs)

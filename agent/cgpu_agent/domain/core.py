@@ -11,14 +11,15 @@ from typing import Literal
 from cgpu_agent.backends.base import AkAlgorithm, Clock, MeasurementLogs, Tpm, TpmCommands
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.audit import AuditLog
-from cgpu_agent.domain.boot import MeasuredBoot
+from cgpu_agent.domain.boot import AGENT, MeasuredBoot
 from cgpu_agent.domain.evidence import Evidence
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.gpustate import Reason
-from cgpu_agent.domain.keys import Keys, establish, with_certificate
+from cgpu_agent.domain.keys import Keys, establish, renewed, with_certificate
 from cgpu_agent.domain.opening import Opening
 from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.policy import Facts
+from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.release import Release
 from cgpu_agent.domain.store import Store
 from cgpu_agent.domain.vault import Vault
@@ -53,6 +54,8 @@ class Settings:
     """Digests of build, config and policy, and the version (``Manifest.agent``)."""
     request_seconds: float
     identity_strength: str
+    tpm_seconds_per_minute: int = 30
+    """Of the TPM's time, for each uid."""
 
 
 _GPU_REMEDY = "see cgpuctl gpu list and the journal"
@@ -158,6 +161,10 @@ class Core:
             return Unavailable(failure.slug, failure.message)
         return Unavailable("NOT_READY", "the agent has not reached its TPM yet", retry_after=2.0)
 
+    def _tpm_seconds(self) -> Rate:
+        limit = "too much of the TPM's time went to this uid; wait a little"
+        return Rate(self.clock, self.settings.tpm_seconds_per_minute, "TPM_LIMIT", limit)
+
     async def establish(self) -> None:
         """Find or make the keys and record this start. Run it again after a failure.
 
@@ -184,7 +191,9 @@ class Core:
 
             try:
                 keys = await self.tpm.run(first, timeout=_ESTABLISH_SECONDS)
-                boot = MeasuredBoot(self.tpm, keys, log, self.logs, timeout=settings.request_seconds)
+                boot = MeasuredBoot(
+                    self.tpm, keys, log, self.logs, timeout=settings.request_seconds, seconds=self._tpm_seconds()
+                )
                 agent = self.settings.agent
                 await boot.measure_agent({"event": "agent-start", **agent})
                 if self.vault is not None:
@@ -248,6 +257,19 @@ class Core:
             self._unfit_certificate = None
         except AgentError as error:
             self._unfit_certificate = error
+
+    async def renew(self) -> bool:
+        """Take over the certificate that the platform has put into NV in place of an older one; whether it had.
+
+        Raises ``AgentError``: NV cannot be read.
+        """
+        if self._boot is None or self._certificate is not None:
+            return False
+        boot = self._boot
+        before = boot.keys.platform_ak_certificate
+        found = await boot.run(AGENT, lambda tpm: renewed(tpm, boot.keys))
+        boot.keys = replace(boot.keys, platform_ak_certificate=found.platform_ak_certificate)
+        return found.platform_ak_certificate != before
 
     def stop(self) -> None:
         self._stopping = True

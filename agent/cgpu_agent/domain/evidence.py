@@ -17,29 +17,25 @@ from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.gpucollect import GpuCollection
 from cgpu_agent.domain.gpus import NO_GPUS, GpuSessions
 from cgpu_agent.domain.platform import PlatformBelow
-from cgpu_agent.domain.turns import RoundRobin
+from cgpu_agent.domain.turns import RoundRobin, together
 from cgpu_agent.errors import AgentError, Misuse, Unavailable
-from cgpu_agent.wire.bundle import (
+from cgpu_agent.wire.bundle import Bundle, BundleFrame, SignedAttest
+from cgpu_agent.wire.extradata import manifest_extra_data
+from cgpu_agent.wire.gpunonce import gpu_batch_nonce
+from cgpu_agent.wire.manifest import AuditAnchor, LogDigest, Manifest
+from cgpu_agent.wire.merkle import Tree
+from cgpu_agent.wire.metrics import Histogram
+from cgpu_agent.wire.platformwords import PlatformWords
+from cgpu_agent.wire.statement import (
     MAX_NONCE,
     MAX_PUBLIC_KEY,
     MAX_STATEMENT,
     MAX_USER_DATA,
     MIN_NONCE,
-    AuditAnchor,
-    Bundle,
-    BundleFrame,
     KeyRelease,
-    LogDigest,
-    Manifest,
-    SignedAttest,
     Statement,
     check_audience,
-    manifest_extra_data,
 )
-from cgpu_agent.wire.gpunonce import gpu_batch_nonce
-from cgpu_agent.wire.merkle import Tree
-from cgpu_agent.wire.metrics import Histogram
-from cgpu_agent.wire.platformwords import PlatformWords
 from cgpu_agent.wire.tpm import PcrSelection
 
 MAX_BATCH = 256
@@ -245,7 +241,7 @@ class Evidence:
         async def platform() -> tuple[PlatformWords | None, tuple[tuple[str, str], ...]]:
             return (None, ()) if self._platform is None else await self._platform.words(tree.root)
 
-        found, (words, missing) = await asyncio.gather(devices(), platform())
+        found, (words, missing) = await together(devices(), platform())
         return _Reports(found, words, missing)
 
     def _collect(self, tpm: TpmCommands, tree: Tree, reports: _Reports) -> _Collected:

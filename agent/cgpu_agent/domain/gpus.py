@@ -23,6 +23,7 @@ from cgpu_agent.domain.gpurecord import Recorder
 from cgpu_agent.domain.gpurules import GpuRules, doubt_of
 from cgpu_agent.domain.gpustate import Attempt, GpuState, Reason, Session, Verdict
 from cgpu_agent.domain.timefloor import TimeFloor
+from cgpu_agent.domain.turns import together
 from cgpu_agent.errors import AgentError, DeviceFault, Exhausted, Misuse, Unavailable
 
 POLL_SECONDS: Final = 5.0
@@ -433,11 +434,11 @@ class GpuSessions:
         if not devices:
             raise Unavailable(NO_GPUS.slug, NO_GPUS.message)
         epoch = self.state.epoch
-        answers = await asyncio.gather(*(self._ask(_EVIDENCE, info.uuid, nonce) for info in devices))
+        answers = await together(*(self._ask(_EVIDENCE, info.uuid, nonce) for info in devices))
         await self._seen()
         trusted = frozenset(each.info.uuid for each in self.state.sessions if each.phase == "trusted")
         collection = GpuCollection(
-            self._gpus.kind, self._rules.count, self.state.gate == "open", epoch, trusted, devices, tuple(answers)
+            self._gpus.kind, self._rules.count, self.state.gate == "open", epoch, trusted, devices, answers
         )
         self.require_still(collection)
         return collection

@@ -12,18 +12,19 @@ from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from cgpu_agent.backends.base import AkAlgorithm, KeyBlob, LoadedKey, Signed, TpmCommands, TpmInfo
+from cgpu_agent.backends.base import AkAlgorithm, LoadedKey, Signed, TpmCommands, TpmInfo
 from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import HostileInput, Unavailable
 from cgpu_agent.verifier.certificate import load_certificate
 from cgpu_agent.verifier.keys import certificate_key, load_attestation_key, same_key
 from cgpu_agent.wire import strictjson
-from cgpu_agent.wire.bundle import MAX_CERTIFICATE, agent_ak_qualifying_data
+from cgpu_agent.wire.bundle import MAX_CERTIFICATE
 from cgpu_agent.wire.der import trim_der
+from cgpu_agent.wire.extradata import agent_ak_qualifying_data
 from cgpu_agent.wire.hcl import AK_CERTIFICATE_INDEX
 from cgpu_agent.wire.strictjson import Fields, b64
-from cgpu_agent.wire.tpm import Certified, ClockInfo, parse_attest, parse_public
+from cgpu_agent.wire.tpm import Certified, ClockInfo, KeyBlob, parse_attest, parse_public
 
 _STATE = "agent-ak"
 
@@ -204,6 +205,17 @@ def with_certificate(keys: Keys, certificate: bytes) -> Keys:
     if len(der) > MAX_CERTIFICATE:
         raise HostileInput("TOO_LARGE", f"the configured AK certificate has more than {MAX_CERTIFICATE} bytes")
     return replace(keys, platform_ak_certificate=der)
+
+
+def renewed(tpm: TpmCommands, keys: Keys) -> Keys:
+    """The same keys with the platform AK's certificate that is in NV now; one that does not fit changes nothing."""
+    certificate = _certificate(tpm, AK_CERTIFICATE_INDEX)
+    if certificate is None or certificate == keys.platform_ak_certificate:
+        return keys
+    try:
+        return with_certificate(keys, certificate)
+    except HostileInput:
+        return keys
 
 
 def first_record(agent_ak_name: bytes) -> bytes:

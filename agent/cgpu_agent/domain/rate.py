@@ -20,7 +20,7 @@ class Rate:
     """
 
     def __init__(self, clock: Clock, per_minute: int, slug: str, message: str) -> None:
-        self._clock = clock
+        self.clock = clock
         self._size = float(per_minute)
         self._slug = slug
         self._message = message
@@ -28,16 +28,29 @@ class Rate:
 
     def take(self, uid: int) -> None:
         """Take a token. Raises ``Exhausted``, with the time until there is another."""
-        now = self._clock.monotonic()
+        self.require(uid, 1.0)
+        self.spend(uid, 1.0)
+
+    def require(self, uid: int, least: float) -> None:
+        """Raises ``Exhausted``, with the time until there are ``least`` tokens, if there are fewer."""
+        left = self._left(uid)
+        if left < least:
+            raise Exhausted(self._slug, self._message, retry_after=(least - left) * 60.0 / self._size)
+
+    def spend(self, uid: int, amount: float) -> None:
+        """Take tokens, where the price is known afterwards only: more than there are, if need be."""
+        self._keep(uid, self._left(uid) - amount, self.clock.monotonic())
+
+    def _left(self, uid: int) -> float:
+        now = self.clock.monotonic()
         left, since = self._buckets.pop(uid, (self._size, now))
         left = min(self._size, left + (now - since) * self._size / 60.0)
-        if left < 1.0:
-            self._keep(uid, left, now)
-            raise Exhausted(self._slug, self._message, retry_after=(1.0 - left) * 60.0 / self._size)
-        self._keep(uid, left - 1.0, now)
+        self._keep(uid, left, now)
+        return left
 
     def _keep(self, uid: int, left: float, now: float) -> None:
         # Who has not asked for longest is forgotten first: by then its bucket is fullest.
+        self._buckets.pop(uid, None)
         if len(self._buckets) >= MAX_UIDS:
             self._buckets.popitem(last=False)
         self._buckets[uid] = (left, now)

@@ -20,9 +20,9 @@ from cgpu_agent.domain.policy import Action, Decision, Key
 from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.wrap import load_recipient, wrap
 from cgpu_agent.errors import AgentError, Denied, HostileInput, Misuse, Unavailable
-from cgpu_agent.wire.bundle import KeyRelease
 from cgpu_agent.wire.delivery import DeliveryContext
 from cgpu_agent.wire.sealed import KEY_SIZE, ObjectName
+from cgpu_agent.wire.statement import KeyRelease
 
 BROKER_SECONDS: Final = 30.0
 
@@ -108,7 +108,11 @@ class Release:
         self.outcomes: Counter[tuple[str, str]] = Counter()
 
     def offers(self, caller: Caller) -> list[tuple[Key, bool, bool, bool]]:
-        """The keys that this caller may use now: each, whether wrapped, in plain, and to have objects opened."""
+        """The keys that this caller may use now: each, whether wrapped, in plain, and to have objects opened.
+
+        Raises ``Exhausted`` (``KEY_LIMIT``): policy is asked three times for every key.
+        """
+        self._rate.take(caller.uid)
         found = []
         for spec in self._keys.values():
             actions = (Action.KEY_GET, Action.KEY_PLAIN, Action.KEY_OPEN)

@@ -11,34 +11,31 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
-from cgpu_agent.backends.base import BootApproval, KeyBlob, TpmCommands
+from cgpu_agent.backends.base import BootApproval, TpmCommands
 from cgpu_agent.errors import AgentError, DeviceFault, HostileInput, Misuse, Unavailable
-from cgpu_agent.wire import approval, strictjson, tpmpolicy
+from cgpu_agent.wire import approval, tpmpolicy
 from cgpu_agent.wire.approval import EPOCH, LATCH_GROUP, Approval
-from cgpu_agent.wire.strictjson import Fields, b64
-from cgpu_agent.wire.tpm import ALG_ECDSA, ALG_SHA256, PcrSelection
+from cgpu_agent.wire.keyring import (
+    CLOSED,
+    HEAD_HANDLE,
+    LATCH_ATTRIBUTES,
+    LATCH_HANDLE,
+    MAX_KEYS,
+    OPEN,
+    KeyInfo,
+    KeyRing,
+    approved_policy,
+)
+from cgpu_agent.wire.tpm import ALG_ECDSA, ALG_SHA256, KeyBlob, PcrSelection
 from cgpu_agent.wire.tpmpolicy import NvIndex
 
-FORMAT: Final = "cgpu-keys/0"
-MAX_KEYS: Final = 512
-"""Generations of keys, all together."""
-MAX_FILE: Final = 1 << 20
 KEY_SIZE: Final = 32
 """Bytes of a key that is made here."""
 
-OPEN: Final = bytes(7) + b"\1"
-CLOSED: Final = bytes(8)
-LATCH_ATTRIBUTES: Final = tpmpolicy.POLICY_WRITE | tpmpolicy.AUTH_READ | tpmpolicy.NO_DA | tpmpolicy.CLEAR_STCLEAR
-LATCH_HANDLE: Final = 0x018C6701
-_HEAD_HANDLE: Final = 0x018C6702
-_HEAD_ATTRIBUTES: Final = tpmpolicy.POLICY_WRITE | tpmpolicy.AUTH_READ | tpmpolicy.NO_DA
-
 _RING, _NEXT = "keys", "keys-next"
-_MAX_TIME: Final = 1 << 40
-_MAX_GENERATION: Final = (1 << 63) - 1
 _MAX_RAISE: Final = 1 << 10
 """Steps of the epoch counter at once: a counter goes up one by one, and each takes the TPM some milliseconds."""
 
@@ -51,92 +48,6 @@ class Files(Protocol):
     def write(self, name: str, data: bytes) -> None: ...
 
     def remove(self, name: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class KeyInfo:
-    """What may be told of a key.
-
-    Attributes:
-        generation: larger is newer; no two keys of a store ever have the same one, removed ones included.
-        created: seconds since the epoch, by the host's clock.
-    """
-
-    id: str
-    generation: int
-    group: str
-    created: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Ring:
-    """The file."""
-
-    generation: int
-    fleet: str
-    authority: bytes
-    parent: bytes
-    setter: KeyBlob
-    keys: tuple[tuple[KeyInfo, KeyBlob], ...]
-
-    @property
-    def write_policy(self) -> bytes:
-        return tpmpolicy.policy_signed(tpmpolicy.START, tpmpolicy.name_of(self.setter.public))
-
-    @property
-    def latch(self) -> NvIndex:
-        return NvIndex(LATCH_HANDLE, LATCH_ATTRIBUTES, self.write_policy, len(OPEN))
-
-    @property
-    def head(self) -> NvIndex:
-        return NvIndex(_HEAD_HANDLE, _HEAD_ATTRIBUTES, self.write_policy, 32)
-
-    def policy(self, group: str) -> bytes:
-        """authPolicy of a group's keys: the latch comes after the approval, so that no approval can leave it out."""
-        approved = _approved_policy(self.authority, self.fleet, group)
-        return tpmpolicy.policy_nv(approved, self.latch.name(), OPEN, tpmpolicy.EQUAL)
-
-    def encode(self) -> bytes:
-        return strictjson.dumps(
-            {
-                "authority": b64(self.authority),
-                "fleet": self.fleet,
-                "format": FORMAT,
-                "generation": self.generation,
-                "keys": [
-                    {
-                        "created": info.created,
-                        "generation": info.generation,
-                        "group": info.group,
-                        "id": info.id,
-                        **_blob_json(blob),
-                    }
-                    for info, blob in self.keys
-                ],
-                "parent": self.parent.hex(),
-                "setter": _blob_json(self.setter),
-            }
-        )
-
-    @classmethod
-    def parse(cls, data: bytes) -> _Ring:
-        """Read it back. Raises ``HostileInput``."""
-        fields = Fields(strictjson.loads(data, "keys", MAX_FILE), "keys")
-        if fields.raw("format") != FORMAT:
-            raise fields.fail(f"the format is not {FORMAT!r}")
-        setter = fields.fields("setter")
-        ring = cls(
-            fields.integer("generation", 1, _MAX_GENERATION),
-            fields.text("fleet", 64),
-            fields.base64("authority", 128),
-            fields.hex("parent", 34, 34),
-            _blob(setter),
-            tuple(_key(item) for item in fields.items("keys", MAX_KEYS)),
-        )
-        setter.end()
-        fields.end()
-        tpmpolicy.authority_public(ring.authority)
-        return ring
 
 
 class SealedKeys:
@@ -181,13 +92,13 @@ class SealedKeys:
         _check_name(fleet)
         if self._files.read(_RING) is not None:
             raise Misuse("KEYS_EXIST", "there are sealed keys already")
-        head = tpm.sealing.nv_public(_HEAD_HANDLE)
+        head = tpm.sealing.nv_public(HEAD_HANDLE)
         if head is not None and tpm.sealing.nv_content(head) is not None and not replace_lost:
             raise Misuse("KEYS_EXIST", "this TPM remembers sealed keys, whose file is not there")
         parent = tpmpolicy.name_of(tpm.sealing.storage_key(owner_auth))
         self._ensure_epoch(tpm, owner_auth)
-        setter = tpm.sealing.create_setter(parent, _approved_policy(authority, fleet, LATCH_GROUP))
-        ring = _Ring(1, fleet, authority, parent, setter, ())
+        setter = tpm.sealing.create_setter(parent, approved_policy(authority, fleet, LATCH_GROUP))
+        ring = KeyRing(1, fleet, authority, parent, setter, ())
         for index in (ring.latch, ring.head):
             tpm.sealing.nv_define(index, owner_auth)
         self._commit(tpm, ring, approvals)
@@ -215,7 +126,7 @@ class SealedKeys:
         for index in (ring.latch, ring.head):
             # Also one that looks right: an auth value of somebody's, which does not show, would keep us from reading.
             tpm.sealing.nv_define(index, owner_auth)
-        self._write(tpm, ring, ring.head, _digest(ring), approvals)
+        self._write(tpm, ring, ring.head, ring.digest, approvals)
         self._files.remove(_NEXT)
         return ring.generation
 
@@ -354,7 +265,7 @@ class SealedKeys:
         return True
 
     def _add(
-        self, tpm: TpmCommands, ring: _Ring, info: KeyInfo, approvals: Sequence[Approval], secret: bytes | None
+        self, tpm: TpmCommands, ring: KeyRing, info: KeyInfo, approvals: Sequence[Approval], secret: bytes | None
     ) -> KeyInfo:
         if len(ring.keys) >= MAX_KEYS:
             raise Unavailable("KEYS_FULL", f"{MAX_KEYS} generations of keys are the most; remove old ones")
@@ -366,7 +277,7 @@ class SealedKeys:
         self._commit(tpm, changed, approvals)
         return info
 
-    def _load(self, tpm: TpmCommands) -> _Ring:
+    def _load(self, tpm: TpmCommands) -> KeyRing:
         """The keys that the TPM remembers; settles a change that a crash cut short."""
         found = {name: self._parse(name) for name in (_RING, _NEXT)}
         for name, ring in found.items():
@@ -375,7 +286,7 @@ class SealedKeys:
             if not tpm.sealing.holds(ring.parent):
                 raise _lost()
             digest = tpm.sealing.nv_content(ring.head)
-            if digest is not None and hmac.compare_digest(digest, _digest(ring)):
+            if digest is not None and hmac.compare_digest(digest, ring.digest):
                 if found[_NEXT] is not None:
                     self._settle(ring, replaced=name == _NEXT)
                 return ring
@@ -383,25 +294,25 @@ class SealedKeys:
             raise Unavailable("NO_KEYS", "there are no sealed keys")
         raise Unavailable("KEYS_MISMATCH", "the sealed keys on disk are not those that the TPM remembers")
 
-    def _settle(self, ring: _Ring, *, replaced: bool) -> None:
+    def _settle(self, ring: KeyRing, *, replaced: bool) -> None:
         if replaced:
             self._files.write(_RING, ring.encode())
         self._files.remove(_NEXT)
 
-    def _parse(self, name: str) -> _Ring | None:
+    def _parse(self, name: str) -> KeyRing | None:
         data = self._files.read(name)
         try:
-            return None if data is None else _Ring.parse(data)
+            return None if data is None else KeyRing.parse(data)
         except HostileInput:
             return None
 
-    def _commit(self, tpm: TpmCommands, ring: _Ring, approvals: Sequence[Approval]) -> None:
+    def _commit(self, tpm: TpmCommands, ring: KeyRing, approvals: Sequence[Approval]) -> None:
         self._files.write(_NEXT, ring.encode())
-        self._write(tpm, ring, ring.head, _digest(ring), approvals)
+        self._write(tpm, ring, ring.head, ring.digest, approvals)
         self._settle(ring, replaced=True)
 
     def _write(
-        self, tpm: TpmCommands, ring: _Ring, index: NvIndex, data: bytes, approvals: Sequence[Approval]
+        self, tpm: TpmCommands, ring: KeyRing, index: NvIndex, data: bytes, approvals: Sequence[Approval]
     ) -> None:
         def work(approved: BootApproval) -> None:
             tpm.sealing.nv_write(index, data, parent=ring.parent, setter=ring.setter, approval=approved)
@@ -411,7 +322,7 @@ class SealedKeys:
     def _approved(
         self,
         tpm: TpmCommands,
-        ring: _Ring,
+        ring: KeyRing,
         approvals: Sequence[Approval],
         group: str,
         work: Callable[[BootApproval], Any],
@@ -437,7 +348,7 @@ def _lost() -> Unavailable:
     return Unavailable("KEY_LOST", "this TPM cannot open the keys any more: it was cleared, or is another one")
 
 
-def _is_for(each: Approval, ring: _Ring, group: str) -> bool:
+def _is_for(each: Approval, ring: KeyRing, group: str) -> bool:
     return each.authority == ring.authority and each.fleet == ring.fleet and group in each.signatures
 
 
@@ -455,16 +366,7 @@ def _for_the_tpm(each: Approval, group: str) -> BootApproval:
     )
 
 
-def _approved_policy(authority: bytes, fleet: str, group: str) -> bytes:
-    name = tpmpolicy.name_of(tpmpolicy.authority_public(authority))
-    return tpmpolicy.policy_authorize(name, approval.policy_ref(fleet, group))
-
-
-def _digest(ring: _Ring) -> bytes:
-    return hashlib.sha256(ring.encode()).digest()
-
-
-def _newest(ring: _Ring, key_id: str, generation: int | None) -> tuple[KeyInfo, KeyBlob]:
+def _newest(ring: KeyRing, key_id: str, generation: int | None) -> tuple[KeyInfo, KeyBlob]:
     found = [each for each in ring.keys if _matches(each[0], key_id, generation)]
     if not found:
         raise Misuse("KEY_UNKNOWN", "there is no such key, or no such generation of it")
@@ -480,24 +382,3 @@ def _check_name(text: str) -> None:
         raise Misuse(
             "KEY_NAME", "a name has 1 to 64 of a-z, 0-9, dot, dash, underscore, and ends in a letter or digit"
         )
-
-
-def _blob_json(blob: KeyBlob) -> dict[str, str]:
-    return {"private": b64(blob.private), "public": b64(blob.public)}
-
-
-def _blob(fields: Fields) -> KeyBlob:
-    return KeyBlob(fields.base64("public", 1024), fields.base64("private", 1024))
-
-
-def _key(item: Any) -> tuple[KeyInfo, KeyBlob]:
-    fields = Fields(item, "keys.keys")
-    info = KeyInfo(
-        fields.text("id", 64),
-        fields.integer("generation", 1, _MAX_GENERATION),
-        fields.text("group", 64),
-        fields.integer("created", 0, _MAX_TIME),
-    )
-    blob = _blob(fields)
-    fields.end()
-    return info, blob

@@ -5,12 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Hashable
-from typing import Generic, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Hashable
+from typing import Any, Generic, TypeVar, overload
 
 from cgpu_agent.errors import Exhausted
 
 T = TypeVar("T")
+U = TypeVar("U")
+
+
+@overload
+async def together(first: Awaitable[T], second: Awaitable[U], /) -> tuple[T, U]: ...
+@overload
+async def together(*work: Awaitable[T]) -> tuple[T, ...]: ...
+async def together(*work: Awaitable[Any]) -> tuple[Any, ...]:
+    """The results of all, made side by side. Where one fails the others are ended before its error is raised: nobody
+    waits for them any more, and they would only keep a device from its next turn."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return tuple(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class RoundRobin(Generic[T]):

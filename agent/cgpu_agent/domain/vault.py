@@ -44,6 +44,7 @@ class Vault:
         self._latch: Latch | None = None
         self._state: Literal["closed", "open", "unknown"] = "closed"
         self._not_before = 0.0
+        self._unwanted = False
         self._one: Final = asyncio.Lock()
         self.problem: AgentError | None = None
         """Why the latch is not as it should be."""
@@ -82,7 +83,8 @@ class Vault:
         async with self._one:
             if self._latch is None:
                 return
-            if not trusted():
+            self._unwanted = not trusted()
+            if self._unwanted:
                 if self._state != "closed":
                     await self._close(self._latch)
             elif self._state != "open" and self._clock.monotonic() >= self._not_before:
@@ -116,7 +118,8 @@ class Vault:
         """As ``KeyBroker.release``: the newest generation of a key. It is shown nothing: the TPM itself decides.
 
         Also raises ``Unavailable`` as ``SealedKeys`` does: ``NO_KEYS``, ``KEYS_MISMATCH``, ``KEY_LOST``,
-        ``KEY_NOT_APPROVED``, ``KEY_APPROVAL_OLD``, ``KEY_LATCH_CLOSED``; and ``DeviceFault``.
+        ``KEY_NOT_APPROVED``, ``KEY_APPROVAL_OLD``, ``KEY_LATCH_CLOSED``, to be tried again where it is about to be
+        opened; and ``DeviceFault``.
         """
         try:
             info, secret = await self._tpm.run(
@@ -127,6 +130,8 @@ class Vault:
         except Unavailable as error:
             if error.slug == "KEY_LATCH_CLOSED":  # whoever closed it: ``follow`` opens it where that is right
                 self._state, self._not_before = "closed", 0.0
+                if not self._unwanted:
+                    raise Unavailable(error.slug, error.message, retry_after=1.0) from error
             raise
         return ReleasedKey(secret, info.generation)
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
@@ -38,13 +38,15 @@ def load_recipient(spki: bytes) -> Recipient:
     # One key, one form: its digest stands in evidence and on record.
     if not (x25519 or p256) or key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) != spki:
         raise bad
+    if isinstance(key, X25519PublicKey):
+        try:
+            X25519PrivateKey.generate().exchange(key)
+        except ValueError as error:  # a point of low order, to which nothing can be wrapped
+            raise bad from error
     return key  # type: ignore[return-value]
 
 
 def wrap(secret: bytes, recipient: Recipient, context: bytes) -> bytes:
-    """Encapsulated key, then ciphertext. Raises ``Misuse`` (``BAD_RECIPIENT``) for a point of low order."""
+    """Encapsulated key, then ciphertext."""
     suite = _X25519 if isinstance(recipient, X25519PublicKey) else _P256
-    try:
-        return suite.encrypt(secret, recipient, info=hpke_info(context))
-    except ValueError as error:
-        raise Misuse("BAD_RECIPIENT", "nothing can be wrapped to this public key") from error
+    return suite.encrypt(secret, recipient, info=hpke_info(context))

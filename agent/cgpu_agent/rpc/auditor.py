@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Callable
 
 import structlog
 
@@ -28,30 +29,36 @@ class Auditor:
 
     def __init__(self, audit: AuditLog | None) -> None:
         self._audit = audit
+        self._ending: set[asyncio.Task[None]] = set()
 
     def denied(self, caller: Caller | None, method: str, reason: str) -> None:
         if self._audit is not None:
             self._audit.denied(caller, method if method in _KNOWN else "", reason)
 
-    async def begins(
-        self, caller: Caller, method: str, decision: Decision
-    ) -> Callable[[str], Awaitable[None]] | None:
+    async def begins(self, caller: Caller, method: str, decision: Decision) -> Callable[[str], None] | None:
         if method not in WEIGHTY:
             return None
-        if self._audit is None:
+        audit = self._audit
+        if audit is None:
             raise Unavailable("AUDIT_UNAVAILABLE", "no audit log is kept, and this call needs its record")
-        sequence = await self._audit.record(
+        sequence = await audit.record(
             "call", {"caller": caller.claims(), "method": method, "policies": list(decision.policy_ids)}
         )
 
-        async def ended(code: str) -> None:
-            try:
-                await self._audit_outcome(sequence, code)
-            except AgentError as error:
-                log.error("the outcome of a call is not on record", of=sequence, code=code, reason=error.slug)
+        def ended(code: str) -> None:
+            task = asyncio.create_task(self._ended(audit, sequence, code))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
         return ended
 
-    async def _audit_outcome(self, sequence: int, code: str) -> None:
-        if self._audit is not None:
-            await self._audit.record("call-ended", {"code": code, "of": sequence})
+    async def _ended(self, audit: AuditLog, sequence: int, code: str) -> None:
+        try:
+            await audit.record("call-ended", {"code": code, "of": sequence})
+        except AgentError as error:
+            log.error("the outcome of a call is not on record", of=sequence, code=code, reason=error.slug)
+
+    async def settle(self) -> None:
+        """Wait until the outcome of every call that has ended is on record."""
+        while self._ending:
+            await asyncio.wait(self._ending)

@@ -84,16 +84,15 @@ class Recorder(Protocol):
     def denied(self, caller: Caller | None, method: str, reason: str) -> None:
         """A call was refused."""
 
-    async def begins(
-        self, caller: Caller, method: str, decision: Decision
-    ) -> Callable[[str], Awaitable[None]] | None:
+    async def begins(self, caller: Caller, method: str, decision: Decision) -> Callable[[str], None] | None:
         """A permitted call is about to be served; raises where that needs a record and none can be made.
 
-        Returns what to tell the gRPC code to when the call ends, or ``None`` for calls of no such weight.
+        Returns what to tell the gRPC code to when the call ends, or ``None`` for calls of no such weight. It does not
+        wait: between the gate's last look at the caller and the answer nothing may.
         """
 
 
-class _LogThrottle:
+class LogThrottle:
     """Bounds how many log lines hostile callers can cause; the counters still count every call."""
 
     def __init__(self) -> None:
@@ -132,7 +131,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self._recorder = recorder
         self._wants_executable = wants_executable
         self._wrapped: dict[str, Any] = {}
-        self._throttle = _LogThrottle()
+        self._throttle = LogThrottle()
         self.calls: Counter[tuple[str, str]] = Counter()
         """Calls ended so far, by (method, gRPC code name)."""
         self.seconds: dict[str, Histogram] = {}
@@ -210,7 +209,7 @@ class Gate(grpc.aio.ServerInterceptor):
         caller: Caller | None = None
         begun = time.monotonic()
         code = grpc.StatusCode.CANCELLED
-        ended: Callable[[str], Awaitable[None]] | None = None
+        ended: Callable[[str], None] | None = None
 
         async def begin(decided: Decision) -> None:
             nonlocal ended
@@ -252,7 +251,7 @@ class Gate(grpc.aio.ServerInterceptor):
             self.calls[method, code.name] += 1
             self.seconds.setdefault(method, Histogram(_CALL_SECONDS)).add(time.monotonic() - begun)
             if ended is not None:
-                await ended(code.name)
+                ended(code.name)
 
     async def _for_policy(self, connection: Connection, caller: Caller) -> Caller:
         """The caller with all that the policy of this moment asks about."""

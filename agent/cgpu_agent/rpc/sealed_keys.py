@@ -7,9 +7,9 @@ from typing import Any
 
 from cgpu_agent.api.v1 import sealed_keys_pb2, sealed_keys_pb2_grpc
 from cgpu_agent.domain.core import Core
-from cgpu_agent.domain.sealedkeys import KeyInfo
 from cgpu_agent.domain.vault import Vault
 from cgpu_agent.errors import HostileInput, Misuse, Unavailable
+from cgpu_agent.wire.keyring import KeyInfo
 from cgpu_agent.wire.tpmpolicy import authority_public
 
 pb = sealed_keys_pb2

@@ -11,8 +11,9 @@ from typing import Any, Final, Literal, TypeVar, get_args, get_origin, get_type_
 
 from cgpu_agent.errors import Misuse
 from cgpu_agent.verifier.ekclass import EkClass
-from cgpu_agent.wire.bundle import MAX_BUNDLE, PURPOSES, check_audience
+from cgpu_agent.wire.bundle import MAX_BUNDLE
 from cgpu_agent.wire.gpuinventory import MAX_DEVICES
+from cgpu_agent.wire.statement import PURPOSES, check_audience
 
 if sys.version_info >= (3, 11):
     import tomllib

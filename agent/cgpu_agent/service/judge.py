@@ -19,8 +19,9 @@ from cgpu_agent.verifier.appraisal import appraise
 from cgpu_agent.verifier.ear import ear_claims
 from cgpu_agent.verifier.evidence import RelyingParty, verify_evidence
 from cgpu_agent.verifier.reference import Reference
-from cgpu_agent.wire.bundle import Statement, parse_bundle, parse_statement
+from cgpu_agent.wire.bundle import parse_bundle
 from cgpu_agent.wire.merkle import leaf_hash
+from cgpu_agent.wire.statement import Statement, parse_statement
 
 Claims = dict[str, Any]
 

@@ -35,6 +35,11 @@ _CA_EXTENSIONS: Final = frozenset(
 # decides by it. The EK class is for ``endorsement`` to repeat.
 _LEAF_EXTENSIONS: Final = _CA_EXTENSIONS | {ExtensionOID.SUBJECT_ALTERNATIVE_NAME, ekclass.OID}
 
+_SIGNED: Final[set[tuple[bytes, bytes]]] = set()
+"""Who was seen to have signed whom, by their fingerprints: the same few CAs stand above every device and manifest,
+and only their bytes decide it. Whether they are valid at the moment, and trusted, is asked every time."""
+_MAX_SIGNED: Final = 4096
+
 E = TypeVar("E", bound=x509.ExtensionType)
 
 
@@ -206,9 +211,15 @@ def require_signed(child: CertificateFacts, issuer: CertificateFacts) -> None:
     """Refuse a certificate that the issuer's key did not sign: ``BAD_CERTIFICATE_SIGNATURE``, ``WEAK_HASH``."""
     if child.signature_hash not in _SOUND_HASHES:
         raise HostileInput("WEAK_HASH", f"{child.subject_text} is not signed over SHA-256 or better")
+    pair = (child.sha256, issuer.sha256)
+    if pair in _SIGNED:
+        return
     try:
         child.certificate.verify_directly_issued_by(issuer.certificate)
     except (InvalidSignature, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise HostileInput(
             "BAD_CERTIFICATE_SIGNATURE", f"{child.subject_text} is not signed by its issuer"
         ) from error
+    if len(_SIGNED) >= _MAX_SIGNED:
+        _SIGNED.clear()
+    _SIGNED.add(pair)

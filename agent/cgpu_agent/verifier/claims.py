@@ -16,7 +16,8 @@ from cgpu_agent.verifier.endorsement import Endorsement
 from cgpu_agent.verifier.evidence import EvidenceResult
 from cgpu_agent.verifier.facts import Facts
 from cgpu_agent.verifier.gpufacts import gpu_claims
-from cgpu_agent.wire.bundle import Manifest, Statement
+from cgpu_agent.wire.manifest import Manifest
+from cgpu_agent.wire.statement import Statement
 
 
 @dataclass(frozen=True, slots=True)

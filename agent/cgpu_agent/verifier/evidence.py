@@ -28,17 +28,10 @@ from cgpu_agent.verifier.secureboot import SecureBoot, secure_boot
 from cgpu_agent.verifier.signature import verify_signature
 from cgpu_agent.verifier.verdict import Check, Outcome, Skip, Step, Steps
 from cgpu_agent.wire import cel, eventlog, merkle, strictjson
-from cgpu_agent.wire.bundle import (
-    Bundle,
-    LogDigest,
-    Manifest,
-    Statement,
-    agent_ak_qualifying_data,
-    manifest_extra_data,
-    parse_bundle,
-    parse_manifest,
-    parse_statement,
-)
+from cgpu_agent.wire.bundle import Bundle, parse_bundle
+from cgpu_agent.wire.extradata import agent_ak_qualifying_data, manifest_extra_data
+from cgpu_agent.wire.manifest import LogDigest, Manifest, parse_manifest
+from cgpu_agent.wire.statement import Statement, parse_statement
 from cgpu_agent.wire.tpm import Attest, Certified, parse_attest
 
 if TYPE_CHECKING:  # who judges no GPUs needs no packages for it

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.verdict import Skip
-from cgpu_agent.wire.bundle import Bundle, Manifest, Statement
+from cgpu_agent.wire.bundle import Bundle
 from cgpu_agent.wire.gpuinventory import GpuInventory, GpuRecord, GpuWords
 from cgpu_agent.wire.gpunonce import gpu_batch_nonce
+from cgpu_agent.wire.manifest import Manifest
+from cgpu_agent.wire.statement import Statement
 
 if TYPE_CHECKING:
     from cgpu_agent.verifier.gpucase import DeviceEvidence, GpuParty

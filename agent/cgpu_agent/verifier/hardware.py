@@ -18,7 +18,8 @@ from cgpu_agent.verifier.keys import PublicKey
 from cgpu_agent.verifier.platform import TRUSTED, PlatformEndorsement, endorse_platform
 from cgpu_agent.verifier.platformcase import PlatformEvidence, PlatformParty
 from cgpu_agent.verifier.roots.platform import SHIPPED
-from cgpu_agent.wire.bundle import Bundle, Manifest
+from cgpu_agent.wire.bundle import Bundle
+from cgpu_agent.wire.manifest import Manifest
 
 
 def judge_hardware(

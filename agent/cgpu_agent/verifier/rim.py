@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Final
 
+from cryptography import x509
 from lxml import etree  # type: ignore[import-untyped]
 from signxml.algorithms import DigestAlgorithm, SignatureMethod
 from signxml.exceptions import InvalidDigest, SignXMLException
@@ -25,6 +27,8 @@ from cgpu_agent.wire.rim import Rim, RimDocument, parse_rim, parse_signed
 
 RIM_CHAIN_LENGTH: Final = range(3, 6)
 """Certificates of a RIM's signer, root included; NVIDIA's have four."""
+_KEPT: Final = 16
+"""Manifests whose content is kept: those of a few generations of driver and firmware."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ def _judge_chain(case: _Case) -> str:
 
 def _judge_signature(case: _Case) -> str:
     try:
-        case.signed = _verify_xml(case).signed_data
+        case.signed = _signed_content(case.parsed.data, case.chain.leaf)
     except InvalidDigest:
         case.signed = None  # SignedInfo was signed; that it is about another document is for the next step to say
     except (SignXMLException, etree.LxmlError, ValueError) as error:
@@ -113,34 +117,40 @@ def _judge_signature(case: _Case) -> str:
     return "ECDSA P-384 with SHA-384 over SignedInfo"
 
 
-def _verify_xml(case: _Case) -> VerifyResult:
+@lru_cache(_KEPT)
+def _signed_content(document: bytes, signer: x509.Certificate) -> bytes:
+    """The canonical bytes that the signature of a document covers. Nothing else decides it, so that it is found once
+    for all devices that a manifest is about. Raises what ``signxml`` raises."""
     configuration = SignatureConfiguration(
         require_x509=True,
         location="./",
         expect_references=1,
         signature_methods=frozenset({SignatureMethod.ECDSA_SHA384}),
         digest_algorithms=frozenset({DigestAlgorithm.SHA384}),
-        verification_time=case.at,
+        verification_time=signer.not_valid_before_utc,  # ``rim.chain`` has judged when it is valid
     )
     parser = etree.XMLParser(
         resolve_entities=False, no_network=True, load_dtd=False, dtd_validation=False, huge_tree=False, recover=False
     )
     found = XMLVerifier().verify(
-        case.parsed.data,
-        x509_cert=case.chain.leaf,
+        document,
+        x509_cert=signer,
         validate_schema=False,  # wire.rim has read the signature more strictly than its schema does
         parser=parser,
         expect_config=configuration,
     )
     if not isinstance(found, VerifyResult):
         raise HostileInput("BAD_RIM_SIGNATURE", "the signature is not over exactly one thing")
-    return found
+    return found.signed_data
+
+
+_parse_signed: Final = lru_cache(_KEPT)(parse_signed)
 
 
 def _judge_digest(case: _Case) -> str:
     if case.signed is None:
         raise HostileInput("RIM_DIGEST_MISMATCH", "the document is not the one that was signed")
-    case.rim = parse_signed(case.signed)
+    case.rim = _parse_signed(case.signed)
     return f"SHA-384 over {len(case.signed)} canonical bytes"
 
 

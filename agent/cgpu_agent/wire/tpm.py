@@ -187,6 +187,16 @@ class Public:
         return HASH_ALGS[self.name_alg].to_bytes(2, "big") + hashlib.new(self.name_alg, self.raw).digest()
 
 
+@dataclass(frozen=True, slots=True)
+class KeyBlob:
+    """A key that only this TPM can load again; ``private`` is encrypted by its parent inside the TPM."""
+
+    public: bytes
+    """TPM2B_PUBLIC content, i.e. a TPMT_PUBLIC."""
+    private: bytes
+    """TPM2B_PRIVATE content."""
+
+
 def _hash_name(reader: Reader, field: str) -> str:
     alg = reader.u16(field)
     try:

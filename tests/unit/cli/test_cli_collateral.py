@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 
 from cgpu_agent.cli import https
-from cgpu_agent.cli.parser import DEFAULT_COLLATERAL
+from cgpu_agent.cli.arguments.collateral import DEFAULT_COLLATERAL
 from cgpu_agent.daemon.config import GpuConfig
 from cgpu_agent.verifier import collateralfolder
 from cgpu_agent.wire.gpuevidence import EvidenceItem, encode_evidence

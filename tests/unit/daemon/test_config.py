@@ -58,6 +58,7 @@ EVERYTHING: dict[str, Any] = {
         "connections_per_uid": 2,
         "calls": 3,
         "calls_per_uid": 4,
+        "tpm_seconds_per_minute": 6,
         "keys_per_minute": 5,
         "leases": 6,
         "leases_per_uid": 7,

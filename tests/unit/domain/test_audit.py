@@ -233,3 +233,20 @@ def test_a_torn_log_is_no_log_to_a_verifier(folder: Path, clock: ManualClock) ->
     with pytest.raises(HostileInput) as caught:
         follow((folder / "audit.jsonl").read_bytes()[:-1], EMPTY)
     assert caught.value.slug == "AUDIT_TORN"
+
+
+def test_a_torn_record_that_cannot_be_cut_off_now_is_cut_off_before_the_next(
+    folder: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = opened(folder, clock)
+    asyncio.run(log.record("call", {"n": 0}))
+    with monkeypatch.context() as disk:
+        write = os.write
+        disk.setattr(os, "write", lambda fd, data: write(fd, data[:9]))
+        disk.setattr(os, "truncate", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                asyncio.run(log.record("call", {"n": 1}))
+    assert not (folder / "audit.jsonl").read_bytes().endswith(b"\n")
+    asyncio.run(log.record("call", {"n": 2}))
+    assert records(folder)[1].sequence == 1

@@ -9,13 +9,14 @@ from collections.abc import Callable
 import pytest
 
 from cgpu_agent.backends.base import LoadedKey, Signed, TpmCommands
-from cgpu_agent.domain.boot import BootQuote, consistent_quote, selection_of
+from cgpu_agent.domain.boot import AGENT, BootQuote, consistent_quote, selection_of
 from cgpu_agent.domain.core import Core
-from cgpu_agent.errors import AgentError, Misuse, Unavailable
+from cgpu_agent.errors import AgentError, Exhausted, Misuse, Unavailable
 from cgpu_agent.verifier.keys import load_attestation_key
 from cgpu_agent.verifier.quote import verify_quote
-from cgpu_agent.wire.bundle import caller_quote_extra_data
+from cgpu_agent.wire.extradata import caller_quote_extra_data
 from cgpu_agent.wire.tpm import PcrSelection, parse_attest
+from fixtures.gpusessions import MovableClock
 from fixtures.machine import PLATFORM_AK, WORKLOAD, Machine
 
 pytestmark = pytest.mark.swtpm
@@ -239,3 +240,23 @@ def test_selection_takes_pcr_indices_only() -> None:
     with pytest.raises(Misuse) as caught:
         selection_of((-1,))
     assert caught.value.slug == "BAD_PCR"
+
+
+def test_a_uid_has_its_share_of_the_tpms_time_and_takes_none_of_the_others(machine: Machine) -> None:
+    clock = MovableClock()
+
+    async def go() -> None:
+        async with machine.agent(tpm_seconds_per_minute=30) as core:
+            core.clock = clock
+            await core.establish()
+            with pytest.raises(ZeroDivisionError):  # a job that fails costs the same
+                await core.boot.run(WORKLOAD.uid, lambda _: (clock.pass_by(40), 1 // 0))
+            with pytest.raises(Exhausted) as refused:
+                await core.boot.read_pcrs(WORKLOAD, (0,))
+            assert refused.value.slug == "TPM_LIMIT"
+            await core.boot.run(WORKLOAD.uid + 1, lambda _: None)
+            await core.boot.probe()
+            await core.boot.run(AGENT, lambda _: clock.pass_by(300))
+            await core.boot.read_pcrs(WORKLOAD, (0,))
+
+    asyncio.run(go())

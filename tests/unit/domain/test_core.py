@@ -344,6 +344,34 @@ def test_configured_certificate_of_the_platform_ak_endorses_it(machine: Machine)
     asyncio.run(scenario())
 
 
+def test_certificate_that_the_platform_renewed_in_nv_is_taken_over_and_another_keys_is_not(machine: Machine) -> None:
+    authority, stranger = Authority.root(), Authority.root()
+
+    async def scenario() -> None:
+        async with machine.serving() as core:
+            key = load_attestation_key(core.boot.keys.platform_ak).key
+            old, new = (authority.issue(key).public_bytes(Encoding.DER) for _ in range(2))
+            assert not await core.renew()  # there is none
+            machine.tpm.provision_nv(AK_CERTIFICATE_INDEX, b"", size=1024)
+            expected = None
+            for content, after in (
+                (old, old),
+                (old, old),
+                (stranger.certificate.public_bytes(Encoding.DER), old),
+                (b"no certificate", old),
+                (new, new),
+            ):
+                machine.tpm.fill_nv(AK_CERTIFICATE_INDEX, content.ljust(1024, b"\0"))
+                assert await core.renew() is (expected != after)
+                assert core.boot.keys.platform_ak_certificate == after
+                expected = after
+            core.certify(old)
+            assert not await core.renew()  # the operator's word counts
+            assert core.boot.keys.platform_ak_certificate == old
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("whose", ["another key's", "nobody's"])
 def test_configured_certificate_that_does_not_fit_is_shown_and_not_used(machine: Machine, whose: str) -> None:
     other = Authority.root()

@@ -17,7 +17,9 @@ from cgpu_agent.backends.base import TpmCommands
 from cgpu_agent.domain.core import Core
 from cgpu_agent.domain.evidence import MAX_BATCH, Evidence, Request
 from cgpu_agent.errors import AgentError, DeviceFault, Misuse, Unavailable
-from cgpu_agent.wire.bundle import Manifest, Statement, parse_bundle, parse_manifest, parse_statement
+from cgpu_agent.wire.bundle import parse_bundle
+from cgpu_agent.wire.manifest import Manifest, parse_manifest
+from cgpu_agent.wire.statement import Statement, parse_statement
 from fixtures.machine import AGENT, AUDIENCE, BOOT_ID, REGISTER, WORKLOAD, Machine, StoppedClock, judge, request
 
 pytestmark = pytest.mark.swtpm

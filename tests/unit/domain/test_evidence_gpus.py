@@ -15,8 +15,9 @@ from cgpu_agent.backends.gpu.software.client import SoftwareGpus
 from cgpu_agent.domain.core import Core
 from cgpu_agent.domain.evidence import Request
 from cgpu_agent.errors import AgentError, DeviceFault, Unavailable
-from cgpu_agent.wire.bundle import parse_bundle, parse_manifest
+from cgpu_agent.wire.bundle import parse_bundle
 from cgpu_agent.wire.gpuinventory import GpuInventory
+from cgpu_agent.wire.manifest import parse_manifest
 from fixtures.gpusessions import Site, site
 from fixtures.machine import WORKLOAD, Machine, judge, request
 from fixtures.softwaregpu import GpuProcess, party_of, running_gpus

@@ -45,3 +45,16 @@ def test_memory_is_bounded_and_who_asks_most_is_remembered(monkeypatch: pytest.M
             limit.take(0)
         limit.take(uid)
     assert len(limit._buckets) <= 4
+
+
+def test_a_price_that_is_known_afterwards_is_paid_before_the_next() -> None:
+    clock = MovableClock()
+    limit = made(clock, 30)
+    limit.require(1, 0.0)
+    limit.spend(1, 40.0)
+    with pytest.raises(Exhausted) as raised:
+        limit.require(1, 0.0)
+    assert raised.value.retry_after == pytest.approx(20.0)
+    limit.require(2, 0.0)
+    clock.pass_by(20.1)
+    limit.require(1, 0.0)

@@ -19,9 +19,10 @@ from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.release import Delivery, KeySpec, Release
 from cgpu_agent.errors import AgentError, Denied, Exhausted, HostileInput, Misuse, Unavailable
 from cgpu_agent.wire.audit import EMPTY, AuditRecord, follow
-from cgpu_agent.wire.bundle import parse_bundle, parse_statement
+from cgpu_agent.wire.bundle import parse_bundle
 from cgpu_agent.wire.delivery import parse_context
 from cgpu_agent.wire.sealed import ObjectName
+from cgpu_agent.wire.statement import parse_statement
 from fixtures.gpusessions import MovableClock
 from fixtures.machine import BOOT_ID, WORKLOAD, Machine
 

@@ -16,10 +16,11 @@ import pytest
 from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.backends.tpm.software import Swtpm
 from cgpu_agent.domain import sealedkeys as sealed
-from cgpu_agent.domain.sealedkeys import KeyInfo, SealedKeys
+from cgpu_agent.domain.sealedkeys import SealedKeys
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import AgentError
 from cgpu_agent.wire.approval import Approval
+from cgpu_agent.wire.keyring import MAX_KEYS, KeyInfo, KeyRing
 from fixtures.owner import FLEET, GROUP, Owner
 from fixtures.sealedkeys import KEY, Failing, Vault, left_behind
 
@@ -125,10 +126,8 @@ def test_largest_store_fits_the_largest_file(vault: Vault) -> None:
     ring = vault.ring
     info, blob = ring.keys[0]
     longest = KeyInfo("x" * 64, (1 << 63) - 1, "y" * 64, 1 << 40)
-    full = sealed._Ring(
-        1, ring.fleet, ring.authority, ring.parent, ring.setter, tuple([(longest, blob)] * sealed.MAX_KEYS)
-    )
-    assert sealed._Ring.parse(full.encode()) == full
+    full = KeyRing(1, ring.fleet, ring.authority, ring.parent, ring.setter, tuple([(longest, blob)] * MAX_KEYS))
+    assert KeyRing.parse(full.encode()) == full
     assert info.id == KEY
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cgpu_agent.domain.turns import RoundRobin, Turns
+from cgpu_agent.domain.turns import RoundRobin, Turns, together
 from cgpu_agent.errors import Exhausted
 
 
@@ -89,3 +89,25 @@ def test_a_caller_that_leaves_gives_its_turn_back(granted: bool) -> None:
             pass
 
     asyncio.run(asyncio.wait_for(scenario(), 5))
+
+
+def test_where_one_fails_the_others_are_ended_with_it() -> None:
+    ended: list[str] = []
+
+    async def scenario() -> None:
+        async def slow() -> None:
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                ended.append("slow")
+
+        async def broken() -> None:
+            await asyncio.sleep(0)
+            raise Exhausted("TOO_MANY_CALLS", "no")
+
+        with pytest.raises(Exhausted):
+            await together(slow(), broken(), slow())
+        assert ended == ["slow", "slow"]
+        assert await together(asyncio.sleep(0, 1), asyncio.sleep(0, "two")) == (1, "two")
+
+    asyncio.run(scenario())

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from cgpu_agent.domain.core import Core
-from cgpu_agent.domain.sealedkeys import LATCH_HANDLE, OPEN, SealedKeys
+from cgpu_agent.domain.sealedkeys import SealedKeys
 from cgpu_agent.domain.store import Store
 from cgpu_agent.domain.vault import Vault
 from cgpu_agent.errors import Unavailable
+from cgpu_agent.wire.keyring import LATCH_HANDLE, OPEN
 from fixtures.gpusessions import MovableClock
 from fixtures.machine import Machine
 from fixtures.owner import FLEET, GROUP, Owner
@@ -137,10 +138,23 @@ def test_a_latch_that_somebody_closed_is_opened_again(machine: Machine, tmp_path
             await here.vault.follow(yes)
             await here.vault.look(lambda keys, tpm: keys.close_latch(tpm, here.vault._approvals))
             assert not await here.opened()
-            with pytest.raises(Unavailable, match="KEY_LATCH_CLOSED"):
+            with pytest.raises(Unavailable, match="KEY_LATCH_CLOSED") as refused:
                 await here.vault.release("a", here, timeout=30)  # type: ignore[arg-type]
+            assert refused.value.retry_after is not None  # it is about to be opened
             await here.vault.follow(yes)
             assert (await here.vault.release("a", here, timeout=30)).generation == 2  # type: ignore[arg-type]
+
+    asyncio.run(scenario())
+
+
+def test_a_latch_that_is_to_be_closed_is_no_reason_to_come_back_soon(machine: Machine, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with site(machine, tmp_path / "keys") as here:
+            await here.vault.follow(yes)
+            await here.vault.follow(lambda: False)
+            with pytest.raises(Unavailable, match="KEY_LATCH_CLOSED") as refused:
+                await here.vault.release("a", here, timeout=30)  # type: ignore[arg-type]
+            assert refused.value.retry_after is None
 
     asyncio.run(scenario())
 

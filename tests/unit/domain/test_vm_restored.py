@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cgpu_agent.wire.bundle import parse_bundle, parse_manifest
+from cgpu_agent.wire.bundle import parse_bundle
+from cgpu_agent.wire.manifest import parse_manifest
 from fixtures.gpusessions import site
 from fixtures.machine import WORKLOAD, Machine, request
 from fixtures.softwaregpu import GpuProcess, running_gpus

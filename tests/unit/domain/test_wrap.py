@@ -75,5 +75,5 @@ def test_refuses_a_point_of_low_order() -> None:
     """Everybody knows what is agreed with it."""
     low = X25519[:-32] + bytes(32)
     with pytest.raises(Misuse) as raised:
-        wrap(b"secret", load_recipient(low), b"context")
+        load_recipient(low)
     assert raised.value.slug == "BAD_RECIPIENT"

@@ -50,12 +50,15 @@ def test_every_action_that_is_denied_by_default_is_weighty() -> None:
 
 def test_a_weighty_call_is_on_record_before_it_is_served_and_its_end_after(folder: Path) -> None:
     async def scenario() -> None:
-        ended = await Auditor(opened(folder)).begins(CALLER, RAW, ALLOWED)
+        auditor = Auditor(opened(folder))
+        ended = await auditor.begins(CALLER, RAW, ALLOWED)
         (begun,) = on_record(folder)
         assert (begun.event, begun.data["method"], begun.data["policies"]) == ("call", RAW, ["let-the-trainer"])
         assert begun.data["caller"] == CALLER.claims()
         assert ended is not None
-        await ended("OK")
+        ended("OK")
+        assert len(on_record(folder)) == 1  # it waits for nothing
+        await auditor.settle()
         assert (on_record(folder)[1].event, on_record(folder)[1].data) == ("call-ended", {"code": "OK", "of": 0})
 
     asyncio.run(scenario())

@@ -12,7 +12,7 @@ from cgpu_agent.errors import Misuse
 from cgpu_agent.verifier.evidence import EvidenceResult, RelyingParty, verify_evidence
 from cgpu_agent.verifier.verdict import Outcome
 from cgpu_agent.wire import eventlog
-from cgpu_agent.wire.bundle import parse_manifest
+from cgpu_agent.wire.manifest import parse_manifest
 from cgpu_agent.wire.tpm import extend
 from fixtures.attest import Signer, ecc_key, rsa_key
 from fixtures.bundles import (

@@ -8,6 +8,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.verifier.fwid import certified_fwid
@@ -193,3 +194,23 @@ def test_refuses_a_fwid_of_another_length_or_a_cut_extension(make: object) -> No
 )
 def test_refuses_tcb_info_that_could_be_read_in_two_ways(content: bytes) -> None:
     assert bad_fwid(x509.UnrecognizedExtension(tcb_info(FWID).oid, tlv(0x30, content))) == "BAD_FWID"
+
+
+def test_a_signature_that_was_seen_once_is_good_for_the_same_bytes_alone() -> None:
+    """And for no other time: what is kept is who signed whom."""
+    given = [*GPU.certificates]
+    verify_pinned_chain(given, roots=VENDOR.device_roots, length=LENGTH, at=NOW)
+    leaf = bytearray(given[0].public_bytes(Encoding.DER))
+    leaf[-1] ^= 1
+    with pytest.raises(HostileInput) as caught:
+        verify_pinned_chain(
+            [x509.load_der_x509_certificate(bytes(leaf)), *given[1:]],
+            roots=VENDOR.device_roots,
+            length=LENGTH,
+            at=NOW,
+        )
+    assert caught.value.slug in ("BAD_CERTIFICATE_SIGNATURE", "BAD_CERTIFICATE")
+    late = given[0].not_valid_after_utc + timedelta(days=1)
+    with pytest.raises(HostileInput) as caught:
+        verify_pinned_chain(given, roots=VENDOR.device_roots, length=LENGTH, at=late)
+    assert caught.value.slug == "CERTIFICATE_EXPIRED"

@@ -11,20 +11,15 @@ import pytest
 
 from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire import strictjson
-from cgpu_agent.wire.bundle import (
-    MAX_BUNDLE,
-    MAX_MANIFEST,
-    MAX_STATEMENT,
-    LogDigest,
+from cgpu_agent.wire.bundle import MAX_BUNDLE, parse_bundle
+from cgpu_agent.wire.extradata import (
     agent_ak_qualifying_data,
     caller_quote_extra_data,
-    check_audience,
     is_reserved_extra_data,
     manifest_extra_data,
-    parse_bundle,
-    parse_manifest,
-    parse_statement,
 )
+from cgpu_agent.wire.manifest import MAX_MANIFEST, LogDigest, parse_manifest
+from cgpu_agent.wire.statement import MAX_STATEMENT, check_audience, parse_statement
 from fixtures.bundles import GENUINE, HONEST, bent_json, caller, statement
 
 Change = Callable[[dict[str, Any]], object]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from cgpu_agent.backends.base import AkAlgorithm, KeyBlob, LoadedKey, Signed, TpmInfo
+from cgpu_agent.backends.base import AkAlgorithm, LoadedKey, Signed, TpmInfo
 from cgpu_agent.backends.tpm import answers, keys
 from cgpu_agent.backends.tpm.esapi import Esapi, Handle
 from cgpu_agent.backends.tpm.faults import (
@@ -32,6 +32,7 @@ from cgpu_agent.wire.tpm import (
     HASH_ALGS,
     HASH_SIZES,
     ClockInfo,
+    KeyBlob,
     ObjectAttributes,
     PcrSelection,
     parse_public,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final, TypeVar
 
-from cgpu_agent.backends.base import BootApproval, KeyBlob
+from cgpu_agent.backends.base import BootApproval
 from cgpu_agent.backends.tpm import answers, keys
 from cgpu_agent.backends.tpm.esapi import Esapi, Handle
 from cgpu_agent.backends.tpm.faults import (
@@ -27,6 +27,7 @@ from cgpu_agent.backends.tpm.faults import (
 )
 from cgpu_agent.errors import DeviceFault, HostileInput, Misuse, Unavailable
 from cgpu_agent.wire import tpmpolicy
+from cgpu_agent.wire.tpm import KeyBlob
 from cgpu_agent.wire.tpmpolicy import NvIndex
 
 R = TypeVar("R")

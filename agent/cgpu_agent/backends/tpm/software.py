@@ -144,8 +144,11 @@ class Swtpm:
         if not len(content) <= size <= NV_INDEX_MAX:
             raise Misuse("TPM_ARGUMENT", f"an NV index of swtpm holds at most {NV_INDEX_MAX} bytes")
         self.execute(raw.nv_define(index, size, _PLATFORM_INDEX, raw.PLATFORM))
-        data = content.ljust(size, b"\0")
-        for offset in range(0, size, _NV_CHUNK):
+        self.fill_nv(index, content.ljust(size, b"\0"))
+
+    def fill_nv(self, index: int, data: bytes) -> None:
+        """Write an index of the platform's anew, from its beginning on."""
+        for offset in range(0, len(data), _NV_CHUNK):
             self.execute(raw.nv_write(index, data[offset : offset + _NV_CHUNK], offset, raw.PLATFORM))
 
     def disable_platform_hierarchy(self) -> None:

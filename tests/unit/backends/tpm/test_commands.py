@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from tpm2_pytss import ESYS_TR, TPM2B_PUBLIC, utils
 
-from cgpu_agent.backends.base import AkAlgorithm, KeyBlob, LoadedKey
+from cgpu_agent.backends.base import AkAlgorithm, LoadedKey
 from cgpu_agent.backends.tpm import keys, raw
 from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.backends.tpm.esapi import Esapi, Handle
@@ -21,6 +21,7 @@ from cgpu_agent.wire.tpm import (
     ALG_RSAES,
     Certified,
     EccKey,
+    KeyBlob,
     ObjectAttributes,
     PcrSelection,
     Quoted,

@@ -18,10 +18,10 @@ from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.backends.tpm.esapi import Handle
 from cgpu_agent.backends.tpm.software import Swtpm
 from cgpu_agent.domain import sealedkeys as sealed
-from cgpu_agent.domain.sealedkeys import OPEN
 from cgpu_agent.errors import AgentError, Misuse, Unavailable
 from cgpu_agent.wire import tpmpolicy
 from cgpu_agent.wire.approval import EPOCH
+from cgpu_agent.wire.keyring import OPEN
 from cgpu_agent.wire.tpm import PcrSelection
 from cgpu_agent.wire.tpmpolicy import START, NvIndex
 from fixtures.owner import GROUP, Owner
