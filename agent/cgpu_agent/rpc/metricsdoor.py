@@ -127,7 +127,7 @@ class MetricsDoor:
         return self._render()
 
     def _may_read(self, sock: socket.socket) -> bool:
-        """Once more than the mode of the file, which can be changed, or be ignored by root of a container."""
+        """Beside the mode of the file, which anybody may change whose file it is."""
         credentials = peer.credentials(sock)
         try:
             self._identifier.require_identity(credentials)
