@@ -1,6 +1,6 @@
 # "make help" lists every target; the two that matter are "make demo" and "make test".
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench campaign kills hostile-host install uninstall dist clean
+.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench transfer-sweep campaign kills hostile-host soak install uninstall dist clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,6 +9,8 @@ DESTDIR ?=
 MUTANTS ?= 100000
 KILLS ?= 500
 N ?= 100000
+TIB ?= 1
+SECONDS ?= 600
 SOURCES := agent tests packaging
 
 help: ## list the targets
@@ -55,6 +57,9 @@ generate: ## generate the gRPC stubs from protos/
 bench: dev ## measure; ratios on the terminal, numbers in build/bench.json
 	$(BIN)/python tests/bench/bench.py
 
+transfer-sweep: dev ## speed of transfers by size and number of slots, a model; plot in build/transfer-sweep.svg
+	$(BIN)/python tests/bench/sweep.py
+
 campaign: dev ## 100,000 mutants of evidence bundles, none may be accepted (MUTANTS=n), and every flipped byte of GPU reports
 	cd tests && ../$(BIN)/python -m fuzz.campaign --mutants $(MUTANTS)
 	HYPOTHESIS_PROFILE=campaign $(BIN)/python -m pytest tests/fuzz
@@ -64,6 +69,9 @@ kills: dev ## 500 times kill -9 under load: the agent, its TPM, the machine, Ope
 
 hostile-host: dev ## 100,000 interferences with encrypted transfers (N=n), none may be accepted
 	INTERFERENCES=$(N) $(BIN)/python -m pytest --timeout 0 tests/attacks/test_transfer_host.py
+
+soak: dev ## up to 1 TiB of transfers in at most 600 seconds, after which memory must be what it was (TIB=n, SECONDS=n)
+	cd tests && ../$(BIN)/python -m fixtures.soak --tib $(TIB) --seconds $(SECONDS)
 
 install: ## install units, configuration, policy and man pages (DESTDIR, PREFIX); the package itself by pip
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system/cgpu-agent.service.d $(DESTDIR)$(PREFIX)/lib/systemd/system/dev-tpmrm0.device.d

@@ -12,6 +12,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,9 +21,12 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from cgpu_agent.backends.gpu.software.transferdevice import Allocation, DeviceMemory, Peer
 from cgpu_agent.errors import AgentError, Unavailable
 from cgpu_agent.transfer import keys
 from cgpu_agent.transfer.channel import Channel
+from cgpu_agent.transfer.duplex import ChannelName, Duplex
+from cgpu_agent.transfer.memory import address_of
 from cgpu_agent.wire.transfer import (
     DEPTH,
     HEADER_SIZE,
@@ -33,7 +37,7 @@ from cgpu_agent.wire.transfer import (
     slot_offset,
 )
 from fixtures.softwaregpu import PATIENCE, GpuProcess, running_gpus
-from fixtures.transfer import LENGTH_AT, Edit, Host, Session, await_rings, session
+from fixtures.transfer import LENGTH_AT, Edit, Host, Session, await_rings, both_ends, session
 
 INTERFERENCES = int(os.environ.get("INTERFERENCES", "400"))
 SEED = int(os.environ.get("SEED", "1"))
@@ -225,6 +229,15 @@ SILENT = frozenset({"dropped", "lied_tail"})
 """After which an end may wait for something that never comes."""
 
 
+def left_behind(data: bytes, before: bytes, offset: int) -> Iterator[bytes]:
+    """What memory may be after a transfer that died: whole slots are there, from its beginning; and in place of the
+    next one, unless it is the first, there may be zeros, where it was opened and rejected."""
+    for size in (*range(0, len(data), SLOT_SIZE), len(data)):
+        yield before[:offset] + data[:size] + before[offset + size :]
+        rejected = min(SLOT_SIZE, len(data) - size) if size else 0
+        yield before[:offset] + data[:size] + bytes(rejected) + before[offset + size + rejected :]
+
+
 class Theatre:
     """A process, a session, a host, and an honest channel that must never notice any of it."""
 
@@ -288,17 +301,11 @@ class Theatre:
         outcome = self._outcome(lambda victim: victim.write(self.handle, offset, data))
         after = bytearray(ROOM)
         self.honest.read_into(self.handle, 0, after)
-        through = size if outcome == "done" else self._through(data, before, offset, after)
-        self.memory = before[:offset] + data[:through] + before[offset + through :]
-        assert after == self.memory, "device memory holds what nobody wrote"
+        written = before[:offset] + data + before[offset + size :]
+        expected = [written] if outcome == "done" else left_behind(data, before, offset)
+        assert any(after == each for each in expected), "device memory holds what nobody wrote"
+        self.memory = bytes(after)
         return outcome
-
-    @staticmethod
-    def _through(data: bytes, before: bytes, offset: int, after: bytearray) -> int:
-        """How much of a transfer that died had arrived: whole slots, from its beginning."""
-        whole = [*range(0, len(data), SLOT_SIZE), len(data)]
-        fits = [size for size in whole if after[offset : offset + size] == data[:size]]
-        return max(size for size in fits if after[offset + size :] == before[offset + size :])
 
     def _read(self, offset: int, size: int) -> str:
         out = bytearray(b"\xa5" * size)
@@ -369,8 +376,10 @@ def test_slots_edited_while_they_are_sealed_and_opened(mask: str, monkeypatch: p
                     assert victim.dead is error  # noqa: PT017 -- some calls may succeed
                     await_rings(process.pid, 1)
                 honest.read_into(handle, 0, after)
-                through = Theatre._through(data, bytes(before), 0, after)
-                assert through == size or victim.dead is not None
+                if victim.dead is None:
+                    assert after == data + before[size:]
+                else:
+                    assert any(after == each for each in left_behind(data, bytes(before), 0))
                 assert host.agent.map.find(MARK) < 0
                 victim.close()
         print(outcomes, flips)
@@ -431,14 +440,81 @@ class WatchedAead:
         cls.wrong += any(shared(each) for each in arguments)
 
 
-def test_the_cipher_never_touches_shared_memory(process: GpuProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+def served(memory: DeviceMemory, number: int) -> Channel:
+    """A channel whose device is a thread of this process."""
+    fd, (agent, device) = both_ends()
+    os.close(fd)
+    name = ChannelName(1, number)
+    Peer(Duplex(device, bytes(48), name, Direction.TO_HOST), memory).start()
+    return Channel(Duplex(agent, bytes(48), name, Direction.TO_DEVICE))
+
+
+def test_the_cipher_never_touches_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At neither end."""
     monkeypatch.setattr(keys, "AESGCM", WatchedAead)
     with mmap.mmap(-1, 4096) as page:  # the look itself
         assert shared(memoryview(page))
-    with session(process) as site:
-        handle, channel = site.allocate(ROOM), site.channel()
-        out = bytearray(3 * SLOT_SIZE)
-        channel.write(handle, 0, bytearray(out))
-        channel.write_many([(handle, 0, b"few"), (handle, 9, b"bytes")])
-        channel.read_into(handle, 0, out)
-    assert (WatchedAead.calls, WatchedAead.wrong) == (3 + 1 + 1 + 1 + 1 + 3, 0)
+    memory = DeviceMemory()
+    handle = memory.allocate(ROOM)
+    assert handle is not None
+    channel, out = served(memory, 1), bytearray(3 * SLOT_SIZE)
+    channel.write(handle, 0, bytearray(out))
+    channel.write_many([(handle, 0, b"few"), (handle, 9, b"bytes")])
+    channel.read_into(handle, 0, out)
+    channel.close()
+    assert (WatchedAead.calls, WatchedAead.wrong) == (2 * (3 + 1 + 1 + 1 + 1 + 3), 0)
+
+
+class InPlace:
+    """AES-GCM; of what is opened at one place in memory, a bit was flipped, and the tag takes its time."""
+
+    target = 0
+    opened = threading.Event()
+    go_on = threading.Event()
+
+    def __init__(self, key: bytearray) -> None:
+        self._aead = AESGCM(key)
+        self.encrypt_into = self._aead.encrypt_into
+
+    def decrypt_into(self, nonce: bytes, sealed: memoryview, head: bytes, out: memoryview) -> int:
+        if not out or address_of(out) != self.target:
+            return self._aead.decrypt_into(nonce, sealed, head, out)
+        try:
+            return self._aead.decrypt_into(nonce, flip(random.Random(SEED), bytes(sealed)), head, out)
+        finally:
+            self.opened.set()
+            self.go_on.wait(PATIENCE)
+
+
+def test_nobody_reads_what_is_not_verified_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Altered bytes are in device memory for a moment; a channel that reads there waits, and finds zeros."""
+    monkeypatch.setattr(keys, "AESGCM", InPlace)
+    memory = DeviceMemory()
+    handle = memory.allocate(2 * SLOT_SIZE)
+    assert handle is not None
+    place = memory.find(handle, 0, 1)
+    assert isinstance(place, Allocation)
+    channels = [served(memory, number) for number in range(2)]
+    out, caught, data = bytearray(2 * SLOT_SIZE), list[str](), marked(random.Random(SEED), 2 * SLOT_SIZE)
+    channels[1].write(handle, 0, bytes(2 * SLOT_SIZE))
+    InPlace.target = place.address + SLOT_SIZE
+
+    def write() -> None:
+        with pytest.raises(AgentError) as error:
+            channels[0].write(handle, 0, data)
+        caught.append(error.value.slug)
+
+    writing = threading.Thread(target=write)
+    reading = threading.Thread(target=lambda: channels[1].read_into(handle, 0, out))
+    writing.start()
+    assert InPlace.opened.wait(PATIENCE)
+    assert place.view[SLOT_SIZE:] not in (data[SLOT_SIZE:], bytes(SLOT_SIZE))
+    reading.start()
+    reading.join(0.3)
+    InPlace.go_on.set()
+    reading.join()
+    writing.join()
+    assert out == data[:SLOT_SIZE] + bytes(SLOT_SIZE)
+    assert caught == ["TRANSFER_PEER_GONE"]
+    for channel in channels:
+        channel.close()

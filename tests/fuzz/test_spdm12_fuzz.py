@@ -70,6 +70,7 @@ SEEDS: dict[Callable[[bytes], object], tuple[bytes, ...]] = {
     session.KeyExchange.parse: (KEY_EXCHANGE,),
     session.KeyExchangeResponse.parse: (session.KeyExchangeResponse(1, N, bytes(96), bytes(96), bytes(48)).encode(),),
     session.parse_finish: (session.encode_finish(bytes(48)),),
+    session.KeyUpdate.parse: (session.KeyUpdate(session.KeyOperation.VERIFY_NEW_KEY, 7).encode(),),
     spdm12.parse_error: (spdm12.encode_error(spdm12.ErrorCode.UNSPECIFIED),),
     spdm12keys.parse_plain: (spdm12keys.encode_plain(b"abc"),),
     parse_command_answer: (INVENTORY, commands.encode_fault("unsupported")),

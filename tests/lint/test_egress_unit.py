@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cgpu_agent import configfile
 from cgpu_agent.egress import config as configuration
 from cgpu_agent.egress.__main__ import DEFAULT_CONFIG, EXIT_CONFIG, USER
 from cgpu_agent.egress.config import MAX_CONNECTIONS, Config, Limits
@@ -120,7 +121,7 @@ def test_as_shipped_nothing_gets_out() -> None:
 
 
 def test_every_key_is_there_with_its_default() -> None:
-    document = configuration.tomllib.loads(uncommented())
+    document = configfile.tomllib.loads(uncommented())
     assert document.keys() == {entry.name for entry in fields(Config)}
     assert document["limits"].keys() == {entry.name for entry in fields(Limits)}
     assert configuration.parse(document) == Config({})
@@ -130,7 +131,7 @@ def test_its_examples_are_accepted() -> None:
     text = REFERENCE.read_text()
     entries = [*re.findall(r'\("([^"]+)", "([^"]+)"\)', text)[0], re.findall(r"\{ to = .*\}", text)[0]]
     listed = ", ".join(entry if entry.startswith("{") else f'"{entry}"' for entry in entries)
-    assert list(configuration.parse(configuration.tomllib.loads(f"allow = [{listed}]")).allow.values()) == [
+    assert list(configuration.parse(configfile.tomllib.loads(f"allow = [{listed}]")).allow.values()) == [
         False,
         False,
         True,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cgpu_agent import configfile
 from cgpu_agent.daemon import config as configuration
 from cgpu_agent.daemon.brokerconfig import AzureTable, OpenBaoTable, TrusteeTable
 from cgpu_agent.daemon.config import Config
@@ -39,7 +40,7 @@ def test_every_key_uncommented_is_the_default(tmp_path: Path) -> None:
 
 
 def test_every_key_is_there() -> None:
-    document = configuration.tomllib.loads(uncommented(REFERENCE.read_text()))
+    document = configfile.tomllib.loads(uncommented(REFERENCE.read_text()))
     assert document.keys() == {entry.name for entry in fields(Config)} - {"source", "key", *BROKERS}
     for table in TABLES:
         assert document[table].keys() == {entry.name for entry in fields(getattr(Config(), table))}
@@ -58,7 +59,7 @@ def test_the_brokers_that_it_shows_are_taken(tmp_path: Path, kind: type[Any]) ->
     text = re.sub(r"^# ?", "", REFERENCE.read_text(), flags=re.MULTILINE)
     shown = re.search(rf"^\[{broker}\]\n(.+\n)+", text, flags=re.MULTILINE)
     assert shown is not None
-    document = configuration.tomllib.loads(shown[0])
+    document = configfile.tomllib.loads(shown[0])
     assert document[broker].keys() == {entry.name for entry in fields(kind)}
     for entry in fields(kind):
         assert entry.default is MISSING or document[broker][entry.name] == entry.default

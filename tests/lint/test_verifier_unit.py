@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cgpu_agent import configfile
 from cgpu_agent.service import config as configuration
 from cgpu_agent.service.__main__ import EXIT_CONFIG, STOP_SECONDS
 from cgpu_agent.service.config import Config, Limits
@@ -100,7 +101,7 @@ def uncommented() -> str:
 
 def test_every_key_is_there_with_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials")
-    document: dict[str, Any] = configuration.tomllib.loads(uncommented())
+    document: dict[str, Any] = configfile.tomllib.loads(uncommented())
     assert document.keys() == {entry.name for entry in fields(Config)}
     for table in ("keys", "token", "trust", "platform", "gpu", "enrol", "limits"):
         kind = type(getattr(configuration.load(REFERENCE), table))
@@ -113,6 +114,6 @@ def test_every_key_is_there_with_its_default(tmp_path: Path, monkeypatch: pytest
 
 def test_its_examples_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials")
-    found = configuration.parse(configuration.tomllib.loads(uncommented()))
+    found = configuration.parse(configfile.tomllib.loads(uncommented()))
     assert found.enrol.enabled
     assert found.trust.policy == Path("/etc/cgpu-verifier/policy.cedar")

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal
 
+from cgpu_agent import configfile
 from cgpu_agent.backends.base import AkAlgorithm, BrokerKind
+from cgpu_agent.configfile import bad, whole
 from cgpu_agent.daemon.brokerconfig import (
     AzureTable,
     EgressConfig,
-    Encoding,
     OpenBaoTable,
     SealedConfig,
     TrusteeTable,
 )
-from cgpu_agent.errors import Misuse
 from cgpu_agent.wire.keyids import KEY_ID
 from cgpu_agent.wire.ready import SOCKET
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover - the same parser under its older name
-    import tomli as tomllib
-
-T = TypeVar("T")
-
 LogLevel = Literal["debug", "info", "warning", "error"]
-MAX_FILE = 1 << 20
 MAX_KEYS = 256
 DEFAULT_POLICY = "default"
 
@@ -174,10 +165,6 @@ class Config:
         return None if self.tpm.create_platform_ak == "no" else self.tpm.create_platform_ak
 
 
-def _bad(message: str) -> Misuse:
-    return Misuse("BAD_CONFIG", message)
-
-
 def load(path: Path | None) -> Config:
     """Read a configuration file; ``None`` = the defaults.
 
@@ -186,108 +173,33 @@ def load(path: Path | None) -> Config:
     """
     if path is None:
         return Config()
-    try:
-        with path.open("rb") as file:
-            source = file.read(MAX_FILE + 1)
-    except OSError as error:
-        raise _bad(f"{path} cannot be read: {error.strerror}") from error
-    if len(source) > MAX_FILE:
-        raise _bad(f"{path} is larger than {MAX_FILE} bytes")
-    try:
-        document = tomllib.loads(source.decode("utf-8"))
-    except ValueError as error:  # TOML and UTF-8 errors; the file is the operator's own, so its text may be shown
-        raise _bad(f"{path}: {error}") from error
-    except RecursionError as error:
-        raise _bad(f"{path}: nested too deeply") from error
-    return parse(document, source)
+    return parse(*configfile.read(path))
 
 
 def parse(document: dict[str, Any], source: bytes = b"") -> Config:
     """Check a parsed document. Raises ``Misuse`` (``BAD_CONFIG``)."""
-    config = replace(_table(Config, document, "", skip=("source",)), source=source)
+    readers = {int: whole(0, 0xFFFFFFFF), str: _text, tuple[int, ...]: _pcrs}
+    config = replace(configfile.table(Config, document, readers), source=source)
     _check(config)
     return config
 
 
-_TABLES: dict[str, type[Any]] = {
-    "sockets": Sockets,
-    "tpm": TpmConfig,
-    "logs": Logs,
-    "platform": PlatformConfig,
-    "gpu": GpuConfig,
-    "limits": Limits,
-    "sealed": SealedConfig,
-    "egress": EgressConfig,
-    "openbao": OpenBaoTable,
-    "trustee": TrusteeTable,
-    "azure": AzureTable,
-}
-
-
-def _table(kind: type[T], document: dict[str, Any], where: str, skip: tuple[str, ...] = ()) -> T:
-    hints = {entry.name: entry for entry in fields(kind) if entry.name not in skip}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in document.items():
-        name = f"{where}{key}"
-        if key not in hints:
-            raise _bad(f"unknown key {name!r}; known here: {', '.join(sorted(hints))}")
-        if not where and key in _TABLES:
-            if not isinstance(value, dict):
-                raise _bad(f"{name} must be a table ([{name}])")
-            values[key] = _table(_TABLES[key], value, f"{name}.")
-        elif not where and key == "key":
-            if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-                raise _bad("key must be a list of tables ([[key]])")
-            values[key] = tuple(_key(each, f"key[{number}]") for number, each in enumerate(value))
-        else:
-            values[key] = _value(str(hints[key].type), value, name)
-    for name, entry in hints.items():
-        if name not in values and entry.default is MISSING and entry.default_factory is MISSING:
-            raise _bad(f"{where}{name} is missing")
-    return kind(**values)
-
-
-def _key(document: dict[str, Any], name: str) -> KeyConfig:
-    key = _table(KeyConfig, document, f"{name}.")
-    if not KEY_ID.fullmatch(key.id):
-        raise _bad(f"{name}.id must be 1 to 128 letters, digits, dots, dashes, underscores and slashes")
-    if not 1 <= key.seconds <= 86400 * 366:
-        raise _bad(f"{name}.seconds must be within 1 second and a year")
-    return key
-
-
-def _value(annotation: str, value: Any, name: str) -> Any:
-    if annotation == "int":
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 0xFFFFFFFF:
-            raise _bad(f"{name} must be a whole number")
-        return value
-    if annotation == "str":
-        if not isinstance(value, str) or not value:
-            raise _bad(f"{name} must be text")
-        return value
-    if annotation == "bool":
-        if not isinstance(value, bool):
-            raise _bad(f"{name} must be true or false")
-        return value
-    if annotation == "tuple[str, ...]":
-        if not isinstance(value, list) or not all(isinstance(each, str) and each for each in value):
-            raise _bad(f"{name} must be a list of texts")
-        return tuple(value)
-    if annotation.startswith("tuple"):
-        if not isinstance(value, list) or not value or not all(type(v) is int and 0 <= v <= 23 for v in value):
-            raise _bad(f"{name} must be a list of PCR indices")
-        return tuple(sorted(set(value)))
-    choices = {"LogLevel": get_args(LogLevel), "BrokerKind": get_args(BrokerKind), "Encoding": get_args(Encoding)}
-    allowed = choices.get(annotation, ("rsa", "ecc", "no"))
-    if value not in allowed:
-        raise _bad(f"{name} must be one of {', '.join(allowed)}")
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise bad(f"{name} must be text")
     return value
+
+
+def _pcrs(value: Any, name: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value or not all(type(each) is int and 0 <= each <= 23 for each in value):
+        raise bad(f"{name} must be a list of PCR indices")
+    return tuple(sorted(set(value)))
 
 
 def _check(config: Config) -> None:
     tpm = config.tpm
     if not re.fullmatch(r"(device|swtpm):/[^\0]*", tpm.device) or re.fullmatch(r"device:/dev/tpm\d+", tpm.device):
-        raise _bad("tpm.device must be device:/dev/tpmrm0 (not the raw /dev/tpm0) or swtpm:/path/of/socket")
+        raise bad("tpm.device must be device:/dev/tpmrm0 (not the raw /dev/tpm0) or swtpm:/path/of/socket")
     paths = {
         "runtime_dir": config.runtime_dir,
         "state_dir": config.state_dir,
@@ -306,45 +218,49 @@ def _check(config: Config) -> None:
         paths["policy"] = config.policy
     for name, path in paths.items():
         if not path.startswith("/") or "\0" in path:
-            raise _bad(f"{name} must be an absolute path")
+            raise bad(f"{name} must be an absolute path")
     if len({getattr(config.sockets, entry.name) for entry in fields(Sockets)}) != len(fields(Sockets)):
-        raise _bad("the paths in sockets must differ")
+        raise bad("the paths in sockets must differ")
     if not 10 <= tpm.register <= 15:
-        raise _bad("tpm.register must be a PCR that firmware leaves alone and nobody can reset: 10-15, best 13")
+        raise bad("tpm.register must be a PCR that firmware leaves alone and nobody can reset: 10-15, best 13")
     if tpm.register not in tpm.evidence_pcrs:
-        raise _bad("tpm.evidence_pcrs must hold tpm.register")
+        raise bad("tpm.evidence_pcrs must hold tpm.register")
     if not 0x81000000 <= tpm.platform_ak_handle <= 0x81FFFFFF:
-        raise _bad("tpm.platform_ak_handle must be a persistent handle, 0x81000000-0x81ffffff")
+        raise bad("tpm.platform_ak_handle must be a persistent handle, 0x81000000-0x81ffffff")
     if min(tpm.command_seconds, tpm.request_seconds) < 1 or tpm.request_seconds < tpm.command_seconds:
-        raise _bad("tpm.request_seconds must be at least tpm.command_seconds, both at least 1")
+        raise bad("tpm.request_seconds must be at least tpm.command_seconds, both at least 1")
     _check_gpu(config.gpu)
     _check_keys(config)
     if min(getattr(config.limits, entry.name) for entry in fields(config.limits)) < 1:
-        raise _bad("limits must be at least 1")
+        raise bad("limits must be at least 1")
 
 
 def _check_keys(config: Config) -> None:
     ids = [key.id for key in config.key]
     if len(set(ids)) != len(ids) or len(ids) > MAX_KEYS:
-        raise _bad(f"key: at most {MAX_KEYS} keys, each id once")
+        raise bad(f"key: at most {MAX_KEYS} keys, each id once")
     for number, key in enumerate(config.key):
+        if not KEY_ID.fullmatch(key.id):
+            raise bad(f"key[{number}].id must be 1 to 128 letters, digits, dots, dashes, underscores and slashes")
+        if not 1 <= key.seconds <= 86400 * 366:
+            raise bad(f"key[{number}].seconds must be within 1 second and a year")
         if key.broker in ("openbao", "trustee", "azure") and getattr(config, key.broker) is None:
-            raise _bad(f"key[{number}].broker is {key.broker}, but there is no table [{key.broker}]")
+            raise bad(f"key[{number}].broker is {key.broker}, but there is no table [{key.broker}]")
 
 
 def _check_gpu(gpu: GpuConfig) -> None:
     if not re.fullmatch(r"auto|nvml|none|software:/[^\0]+", gpu.backend):
-        raise _bad("gpu.backend must be auto, nvml, none or software:/path/of/socket")
+        raise bad("gpu.backend must be auto, nvml, none or software:/path/of/socket")
     if not re.fullmatch(r"none|/[^\0]+", gpu.ready_helper):
-        raise _bad("gpu.ready_helper must be none or an absolute path")
+        raise bad("gpu.ready_helper must be none or an absolute path")
     if not gpu.collateral.startswith("/") or "\0" in gpu.collateral:
-        raise _bad("gpu.collateral must be an absolute path")
+        raise bad("gpu.collateral must be an absolute path")
     for name in ("device_roots", "rim_roots"):
         if not all(re.fullmatch(r"[0-9a-fA-F]{64}|/[^\0]+", root) for root in getattr(gpu, name)):
-            raise _bad(f"gpu.{name} must hold absolute paths, or SHA-256 digests of root keys (64 hex digits)")
+            raise bad(f"gpu.{name} must hold absolute paths, or SHA-256 digests of root keys (64 hex digits)")
     if gpu.count > 64:
-        raise _bad("gpu.count must be at most 64")
+        raise bad("gpu.count must be at most 64")
     if gpu.reattest_seconds < 60:
-        raise _bad("gpu.reattest_seconds must be at least 60")
+        raise bad("gpu.reattest_seconds must be at least 60")
     if not 1 <= gpu.report_seconds <= 300:
-        raise _bad("gpu.report_seconds must be 1-300")
+        raise bad("gpu.report_seconds must be 1-300")

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from cgpu_agent import configfile
+from cgpu_agent.configfile import bad, whole
 from cgpu_agent.egress.addresses import is_host
-from cgpu_agent.errors import HostileInput, Misuse
+from cgpu_agent.errors import HostileInput
 from cgpu_agent.wire.egress import Destination, parse_destination
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover - the same parser under its older name
-    import tomli as tomllib
-
-MAX_FILE: Final = 1 << 20
 MAX_CONNECTIONS: Final = 200
 
 
@@ -40,71 +35,48 @@ class Config:
     limits: Limits = field(default_factory=Limits)
 
 
-def _bad(message: str) -> Misuse:
-    return Misuse("BAD_CONFIG", message)
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    to: str
+    private: bool = False
 
 
 def load(path: Path) -> Config:
     """Read a configuration file. Raises ``Misuse`` (``BAD_CONFIG``), with the key at fault."""
-    try:
-        with path.open("rb") as file:
-            source = file.read(MAX_FILE + 1)
-    except OSError as error:
-        raise _bad(f"{path} cannot be read: {error.strerror}") from error
-    if len(source) > MAX_FILE:
-        raise _bad(f"{path} is larger than {MAX_FILE} bytes")
-    try:
-        document = tomllib.loads(source.decode("utf-8"))
-    except ValueError as error:  # TOML and UTF-8 errors; the file is the operator's own, so its text may be shown
-        raise _bad(f"{path}: {error}") from error
-    except RecursionError as error:
-        raise _bad(f"{path}: nested too deeply") from error
-    return parse(document)
+    return parse(configfile.read(path)[0])
 
 
 def parse(document: dict[str, Any]) -> Config:
     """Check a parsed document. Raises ``Misuse`` (``BAD_CONFIG``)."""
-    _known(document, "", {"allow", "limits"})
-    if not isinstance(document.get("allow"), list):
-        raise _bad("allow must be a list of destinations")
+    return configfile.table(Config, document, {dict[Destination, bool]: _allow, int: _limit})
+
+
+def _allow(value: Any, name: str) -> dict[Destination, bool]:
+    if not isinstance(value, list):
+        raise bad(f"{name} must be a list of destinations")
     allow: dict[Destination, bool] = {}
-    for number, entry in enumerate(document["allow"]):
-        destination, private = _entry(entry, f"allow[{number}]")
+    for number, each in enumerate(value):
+        destination, private = _entry(each, f"{name}[{number}]")
         if destination in allow:
-            raise _bad(f"allow[{number}]: {destination} is there twice")
+            raise bad(f"{name}[{number}]: {destination} is there twice")
         allow[destination] = private
-    return Config(allow, _limits(document.get("limits", {})))
+    return allow
 
 
-def _known(table: Any, where: str, known: set[str]) -> None:
-    if not isinstance(table, dict):
-        raise _bad(f"{where.rstrip('.')} must be a table")
-    if unknown := table.keys() - known:
-        raise _bad(f"unknown key {where + min(unknown)!r}; known here: {', '.join(sorted(known))}")
-
-
-def _entry(entry: Any, name: str) -> tuple[Destination, bool]:
-    private = False
-    if not isinstance(entry, str):
-        _known(entry, f"{name}.", {"to", "private"})
-        entry, private = entry.get("to"), entry.get("private", False)
-    if not isinstance(entry, str) or not isinstance(private, bool):
-        raise _bad(f'{name} must be "HOST:PORT" or {{ to = "HOST:PORT", private = true }}')
+def _entry(value: Any, name: str) -> tuple[Destination, bool]:
+    if not isinstance(value, str | dict):
+        raise bad(f'{name} must be "HOST:PORT" or {{ to = "HOST:PORT", private = true }}')
+    entry = _Entry(value) if isinstance(value, str) else configfile.table(_Entry, value, {}, name)
     try:
-        destination = parse_destination(entry)
+        destination = parse_destination(entry.to)
     except HostileInput as error:
-        raise _bad(f"{name}: {error.message}") from None
+        raise bad(f"{name}: {error.message}") from None
     address = destination.address
-    if address is not None and (private or not is_host(address)):
-        raise _bad(f"{name}: private is for names" if private else f"{name} is not the address of a host")
-    return destination, private
+    if address is not None and (entry.private or not is_host(address)):
+        raise bad(f"{name}: private is for names" if entry.private else f"{name} is not the address of a host")
+    return destination, entry.private
 
 
-def _limits(table: Any) -> Limits:
-    names = {entry.name for entry in fields(Limits)}
-    _known(table, "limits.", names)
-    for name, value in table.items():
-        most = MAX_CONNECTIONS if name == "connections" else 86400 if name.endswith("_seconds") else 1 << 40
-        if type(value) is not int or not 1 <= value <= most:
-            raise _bad(f"limits.{name} must be a whole number, 1-{most}")
-    return Limits(**table)
+def _limit(value: Any, name: str) -> Any:
+    most = MAX_CONNECTIONS if name == "limits.connections" else 86400 if name.endswith("_seconds") else 1 << 40
+    return whole(1, most)(value, name)

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal
 
+from cgpu_agent import configfile
+from cgpu_agent.configfile import bad
 from cgpu_agent.errors import Misuse
 from cgpu_agent.verifier.ekclass import EkClass
 from cgpu_agent.wire.bundle import MAX_BUNDLE
 from cgpu_agent.wire.gpuinventory import MAX_DEVICES
 from cgpu_agent.wire.statement import PURPOSES, check_audience
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover - the same parser under its older name
-    import tomli as tomllib
-
-T = TypeVar("T")
-
 LogLevel = Literal["debug", "info", "warning", "error"]
-MAX_FILE: Final = 1 << 20
 CREDENTIAL: Final = "credential:"
 """A path that begins so names a file of systemd's ``$CREDENTIALS_DIRECTORY``."""
 
@@ -151,113 +144,55 @@ class Config:
         return host.strip("[]"), int(port)
 
 
-def _bad(message: str) -> Misuse:
-    return Misuse("BAD_CONFIG", message)
-
-
 def load(path: Path) -> Config:
     """Read a configuration file. Raises ``Misuse`` (``BAD_CONFIG``), with the table and key at fault."""
-    try:
-        with path.open("rb") as file:
-            source = file.read(MAX_FILE + 1)
-    except OSError as error:
-        raise _bad(f"{path} cannot be read: {error.strerror}") from error
-    if len(source) > MAX_FILE:
-        raise _bad(f"{path} is larger than {MAX_FILE} bytes")
-    try:
-        document = tomllib.loads(source.decode("utf-8"))
-    except ValueError as error:  # TOML and UTF-8 errors; the file is the operator's own, so its text may be shown
-        raise _bad(f"{path}: {error}") from error
-    except RecursionError as error:
-        raise _bad(f"{path}: nested too deeply") from error
-    return parse(document)
+    return parse(configfile.read(path)[0])
 
 
 def parse(document: dict[str, Any]) -> Config:
     """Check a parsed document. Raises ``Misuse`` (``BAD_CONFIG``)."""
-    config = _table(Config, document, "")
+    config = configfile.table(Config, document, {Path: _path})
     _check(config)
     return config
 
 
-def _table(kind: type[T], document: Any, where: str) -> T:
-    if not isinstance(document, dict):
-        raise _bad(f"{where.rstrip('.')} must be a table")
-    hints = get_type_hints(kind)
-    unknown = document.keys() - hints.keys()
-    if unknown:
-        raise _bad(f"unknown key {where + min(unknown)!r}; known here: {', '.join(sorted(hints))}")
-    for entry in fields(kind):  # type: ignore[arg-type]
-        required = entry.default is MISSING and entry.default_factory is MISSING
-        if required and entry.name not in document:
-            raise _bad(f"{where}{entry.name} is missing")
-    return kind(**{name: _value(hints[name], value, where + name) for name, value in document.items()})
-
-
-def _value(hint: Any, value: Any, name: str) -> Any:
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is bool or hint is str:
-        if type(value) is not hint:
-            raise _bad(f"{name} must be {'true or false' if hint is bool else 'text'}")
-        return value
-    if hint is int:
-        if type(value) is not int or not 0 <= value <= 1 << 40:
-            raise _bad(f"{name} must be a whole number")
-        return value
-    if hint is Path or (Path in inner and origin is not tuple):
-        return _path(value, name)
-    if origin is Literal:
-        if value not in inner:
-            raise _bad(f"{name} must be one of {', '.join(inner)}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise _bad(f"{name} must be a list")
-        return tuple(_value(inner[0], each, name) for each in value)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _bad(f"{name} must be a table")
-        return {key: _value(inner[1], each, f"{name}.{key}") for key, each in value.items()}
-    return _table(hint, value, f"{name}.")
-
-
 def _path(value: Any, name: str) -> Path:
     if not isinstance(value, str) or "\0" in value:
-        raise _bad(f"{name} must be a path")
+        raise bad(f"{name} must be a path")
     credential = value.removeprefix(CREDENTIAL)
     if credential != value and _NAME.fullmatch(credential) and credential not in (".", ".."):
         folder = os.environ.get("CREDENTIALS_DIRECTORY")
         if folder is None:
-            raise _bad(f"{name}: systemd handed over no credentials")
+            raise bad(f"{name}: systemd handed over no credentials")
         return Path(folder) / credential
     if not value.startswith("/"):
-        raise _bad(f"{name} must be an absolute path or {CREDENTIAL}NAME")
+        raise bad(f"{name} must be an absolute path or {CREDENTIAL}NAME")
     return Path(value)
 
 
 def _check(config: Config) -> None:
     if not all(check_audience(each) for each in (config.audience, config.token.audience or config.audience)):
-        raise _bad("audience and token.audience must be 1-255 bytes of plain text")
+        raise bad("audience and token.audience must be 1-255 bytes of plain text")
     _check_listen(config.listen)
     if not 1 <= len(config.keys.signing) <= 8:
-        raise _bad("keys.signing must list 1 to 8 files")
+        raise bad("keys.signing must list 1 to 8 files")
     token = config.token
     if not 1 <= token.nonce_seconds < token.seconds <= 86400:
-        raise _bad("token.seconds must be within a day, and more than token.nonce_seconds")
+        raise bad("token.seconds must be within a day, and more than token.nonce_seconds")
     if not config.trust.purposes or not set(config.trust.purposes) <= PURPOSES:
-        raise _bad(f"trust.purposes must list some of {', '.join(sorted(PURPOSES))}")
+        raise bad(f"trust.purposes must list some of {', '.join(sorted(PURPOSES))}")
     if config.trust.register > 15:
-        raise _bad("trust.register must be a PCR that cannot be reset: 0-15")
+        raise bad("trust.register must be a PCR that cannot be reset: 0-15")
     if not all(re.fullmatch(r"000[bcd]([0-9a-f]{2}){32,64}", name) for name in config.trust.pinned_ak_names):
-        raise _bad("trust.pinned_ak_names must hold Names: the algorithm and the digest, in lower-case hex")
+        raise bad("trust.pinned_ak_names must hold Names: the algorithm and the digest, in lower-case hex")
     if config.gpu.count > MAX_DEVICES:
-        raise _bad(f"gpu.count must be at most {MAX_DEVICES}")
+        raise bad(f"gpu.count must be at most {MAX_DEVICES}")
     _check_enrol(config.enrol)
     limits = config.limits
     if min(getattr(limits, entry.name) for entry in fields(limits)) < 1 or limits.workers > 64:
-        raise _bad("limits must be at least 1, limits.workers at most 64")
+        raise bad("limits must be at least 1, limits.workers at most 64")
     if not limits.bundle_bytes <= min(MAX_BUNDLE, limits.buffered_bytes):
-        raise _bad(f"limits.bundle_bytes must be at most {MAX_BUNDLE} and limits.buffered_bytes")
+        raise bad(f"limits.bundle_bytes must be at most {MAX_BUNDLE} and limits.buffered_bytes")
 
 
 def _check_listen(listen: str) -> None:
@@ -265,23 +200,23 @@ def _check_listen(listen: str) -> None:
         return
     match = re.fullmatch(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):(\d{1,5})", listen)
     if match is None or int(match[1]) > 0xFFFF:
-        raise _bad("listen must be HOST:PORT, [IPV6]:PORT or unix:/PATH")
+        raise bad("listen must be HOST:PORT, [IPV6]:PORT or unix:/PATH")
 
 
 def _check_enrol(enrol: Enrol) -> None:
     for one, other in ((enrol.certificate, enrol.key), (enrol.simulated_certificate, enrol.simulated_key)):
         if (one is None) != (other is None):
-            raise _bad("enrol: a CA needs its certificate and its key")
+            raise bad("enrol: a CA needs its certificate and its key")
     if enrol.certificate is not None and enrol.certificate == enrol.simulated_certificate:
-        raise _bad("enrol: the CA beside simulated EKs must be another one")
+        raise bad("enrol: the CA beside simulated EKs must be another one")
     if (enrol.vendor_ek_roots or enrol.operator_ek_roots) and enrol.certificate is None:
-        raise _bad("enrol.certificate is missing: no CA for AKs beside these EK roots")
+        raise bad("enrol.certificate is missing: no CA for AKs beside these EK roots")
     if enrol.simulated_ek_roots and enrol.simulated_certificate is None:
-        raise _bad("enrol.simulated_certificate is missing: no CA for AKs beside simulated EKs")
+        raise bad("enrol.simulated_certificate is missing: no CA for AKs beside simulated EKs")
     if not 1 <= enrol.days <= 366:
-        raise _bad("enrol.days must be within 1-366")
+        raise bad("enrol.days must be within 1-366")
     for name in enrol.vendor_ek_roots:
         try:
             EkClass(f"vendor:{name}")
         except Misuse:
-            raise _bad("enrol.vendor_ek_roots: a vendor's name is 1-32 letters, digits, dots and dashes") from None
+            raise bad("enrol.vendor_ek_roots: a vendor's name is 1-32 letters, digits, dots and dashes") from None

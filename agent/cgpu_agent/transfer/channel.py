@@ -64,13 +64,9 @@ class Channel:
         send = self._duplex.sealer.send
         with self._busy():
             transfer = self._next(1)
-            left = len(view)
-            while left:
-                piece = view[:SLOT_SIZE]
-                send(Kind.WRITE, transfer, piece, handle=handle, offset=offset, left=left)
-                view = view[SLOT_SIZE:]
-                offset += len(piece)
-                left -= len(piece)
+            for start in range(0, len(view), SLOT_SIZE):
+                piece, left = view[start : start + SLOT_SIZE], len(view) - start
+                send(Kind.WRITE, transfer, piece, handle=handle, offset=offset + start, left=left)
             refusal = self._acknowledged(transfer)
         _raise(refusal)
 
@@ -108,23 +104,20 @@ class Channel:
         target = address_of(view)
         opener = self._duplex.opener
         with self._busy():
-            transfer = self._next(1)
-            left = len(view)
-            self._duplex.sealer.send(Kind.READ, transfer, handle=handle, offset=offset, left=left)
-            while left:
-                found = opener.receive()
-                if found.kind == Kind.REFUSED and left == len(view):
-                    refusal = _refusal(found, transfer)
-                    break
-                expected = (Kind.DATA, transfer, handle, offset, left, min(left, SLOT_SIZE))
-                if (found.kind, found.transfer, found.handle, found.offset, found.left, found.length) != expected:
-                    raise _bad_reply()
-                copy(target, opener.address, found.length)
-                target += found.length
-                offset += found.length
-                left -= found.length
+            transfer, size = self._next(1), len(view)
+            self._duplex.sealer.send(Kind.READ, transfer, handle=handle, offset=offset, left=size)
+            found = opener.receive()
+            refusal = None
+            if found.kind != Kind.DATA:
+                refusal = _refusal(found, transfer)
+            elif found[6:] != (transfer, found.counter, offset, size, min(size, SLOT_SIZE), handle):
+                raise _bad_reply()
             else:
-                refusal = None
+                copy(target, opener.address, found.length)
+                for start in range(SLOT_SIZE, size, SLOT_SIZE):
+                    left, length = size - start, min(size - start, SLOT_SIZE)
+                    opener.expect(Kind.DATA, transfer, length, handle=handle, offset=offset + start, left=left)
+                    copy(target + start, opener.address, length)
         _raise(refusal)
 
     def close(self) -> None:

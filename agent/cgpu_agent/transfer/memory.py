@@ -22,6 +22,11 @@ def copy(target: int, source: int, size: int) -> None:
     ctypes.memmove(target, source, size)
 
 
+def clear(target: int, size: int) -> None:
+    """Overwrite what is at an address with zeros, without the GIL."""
+    ctypes.memset(target, 0, size)
+
+
 class PrivateMemory:
     """An anonymous private mapping, populated at once. It goes when nobody refers to it any more.
 
@@ -50,4 +55,4 @@ class PrivateMemory:
 
     def wipe(self) -> None:
         """Overwrite it with zeros."""
-        ctypes.memset(self.address, 0, len(self.view))
+        clear(self.address, len(self.view))

@@ -15,11 +15,11 @@ from typing import Final
 
 from cgpu_agent.errors import DeviceFault, HostileInput, Unavailable
 from cgpu_agent.transfer.memory import address_of
-from cgpu_agent.wire.transfer import DEPTH, RING_SIZE, Direction, Hint, hint_index
+from cgpu_agent.wire.transfer import DEPTH, RING_SIZE
 
 RING_NAME: Final = "cgpu-transfer-ring"
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_SPINS: Final = 100
+_LOOKS: Final = 150  # about a microsecond each: some slots long
 _SHORT_NAP: Final = 1  # milliseconds
 _LONG_NAP: Final = 64
 
@@ -58,16 +58,16 @@ class Ring:
         self.words: Final = self._bytes.cast("Q")
         self.address: Final = address_of(self._map)
 
-    def filled(self, direction: Direction, counter: int) -> bool:
-        """Whether slot ``counter`` seems to be there. Raises ``HostileInput`` (``RING_HINT``)."""
-        ahead = self.words[hint_index(direction, Hint.TAIL)] - counter
+    def filled(self, tail: int, counter: int) -> bool:
+        """Whether slot ``counter`` seems to be there, by word ``tail``. Raises ``HostileInput`` (``RING_HINT``)."""
+        ahead = self.words[tail] - counter
         if not 0 <= ahead <= DEPTH:
             raise HostileInput("RING_HINT", "the ring says something impossible of what it holds")
         return ahead > 0
 
-    def room(self, direction: Direction, counter: int) -> bool:
-        """Whether slot ``counter`` seems to be free. Raises ``HostileInput`` (``RING_HINT``)."""
-        waiting = counter - self.words[hint_index(direction, Hint.HEAD)]
+    def room(self, head: int, counter: int) -> bool:
+        """Whether slot ``counter`` seems to be free, by word ``head``. Raises ``HostileInput`` (``RING_HINT``)."""
+        waiting = counter - self.words[head]
         if not 0 <= waiting <= DEPTH:
             raise HostileInput("RING_HINT", "the ring says something impossible of what was taken")
         return waiting < DEPTH
@@ -104,20 +104,21 @@ class End:
         self._poll.register(lifeline, 0)  # POLLHUP comes unasked
 
     def announce(self, moved: int, value: int, sleeps: int) -> None:
-        """Set a hint, and wake the other end if it seems to sleep."""
+        """Set a hint, and wake the other end if it seems to sleep for no more than this."""
         words = self.ring.words
         words[moved] = value
         with self._fence:  # what Python has for a store-load fence: a locked instruction
             pass
-        if words[sleeps]:
+        if 0 < words[sleeps] <= value:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_write(self._theirs, 1)
 
-    def wait(self, ready: Callable[[], bool], sleeps: int, seconds: float | None) -> None:
+    def wait(self, ready: Callable[[], bool], sleeps: int, until: int, seconds: float | None) -> None:
         """Wait until ``ready``: a moment awake, then asleep.
 
         Args:
             sleeps: index of the hint that says so.
+            until: what the other end's hint must have come to for it to be worth waking us; not 0.
             seconds: how long at most; ``None``: for as long as the other end lives.
 
         Raises:
@@ -125,10 +126,11 @@ class End:
             DeviceFault: ``TRANSFER_STALLED``, ``TRANSFER_PEER_GONE``.
             and what ``ready`` raises.
         """
-        for _ in range(_SPINS):  # without yielding: on a busy machine that would give a time slice away each time
+        for _ in range(_LOOKS):
             if ready():
                 return
-        self.ring.words[sleeps] = 1
+            self._poll.poll(0)  # lets other threads run, but not other processes, who would keep the core for long
+        self.ring.words[sleeps] = until
         try:
             self._sleep(ready, None if seconds is None else time.monotonic() + seconds)
         finally:

@@ -30,8 +30,8 @@ SLOT: Final = 0
 
 _FIRST_VERSION: Final = 0x10  # GET_VERSION and VERSION are always of version 1.0
 _VERSION_1_2: Final = 0x1200
-# CERT, ENCRYPT, MAC, KEY_EX; the responder also signs measurements (MEAS_CAP 2, fresh).
-_REQUESTER_FLAGS: Final = 1 << 1 | 1 << 6 | 1 << 7 | 1 << 9
+# CERT, ENCRYPT, MAC, KEY_EX, KEY_UPD; the responder also signs measurements (MEAS_CAP 2, fresh).
+_REQUESTER_FLAGS: Final = 1 << 1 | 1 << 6 | 1 << 7 | 1 << 9 | 1 << 14
 _RESPONDER_FLAGS: Final = _REQUESTER_FLAGS | 2 << 3 | 1 << 5
 _CT_EXPONENT: Final = 20
 _DMTF: Final = 1  # MeasurementSpecification
@@ -53,6 +53,7 @@ class Code(IntEnum):
     ALGORITHMS = 0x63
     KEY_EXCHANGE_RSP = 0x64
     FINISH_RSP = 0x65
+    KEY_UPDATE_ACK = 0x69
     END_SESSION_ACK = 0x6C
     VENDOR_DEFINED_RESPONSE = 0x7E
     ERROR = 0x7F
@@ -64,6 +65,7 @@ class Code(IntEnum):
     NEGOTIATE_ALGORITHMS = 0xE3
     KEY_EXCHANGE = 0xE4
     FINISH = 0xE5
+    KEY_UPDATE = 0xE9
     END_SESSION = 0xEC
     VENDOR_DEFINED_REQUEST = 0xFE
 

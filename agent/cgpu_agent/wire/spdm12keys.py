@@ -50,11 +50,12 @@ def verify_data(finished: bytes, transcript: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class DirectionKeys:
-    """What one direction of one phase encrypts with; ``finished`` authenticates the handshake."""
+    """What one direction of one phase encrypts with; ``finished`` authenticates a handshake, ``secret`` makes all."""
 
     key: bytes = field(repr=False)
     iv: bytes = field(repr=False)
     finished: bytes = field(repr=False)
+    secret: bytes = field(repr=False)
 
     @classmethod
     def of(cls, secret: bytes) -> DirectionKeys:
@@ -62,7 +63,12 @@ class DirectionKeys:
             expand(secret, KEY_SIZE, b"key"),
             expand(secret, IV_SIZE, b"iv"),
             expand(secret, HASH_SIZE, b"finished"),
+            secret,
         )
+
+    def update(self) -> DirectionKeys:
+        """The keys after these: what the specification calls an update of a major secret."""
+        return self.of(expand(self.secret, HASH_SIZE, b"traffic upd"))
 
     def nonce(self, sequence: int) -> bytes:
         """The IV, with the sequence number XORed into its first bytes (DSP0277 1.1, 7.3)."""

@@ -1,4 +1,4 @@
-"""SPDM 1.2 messages that open and end a session, in the profile of ``spdm12``.
+"""SPDM 1.2 messages that open a session, change its keys and end it, in the profile of ``spdm12``.
 
 Sources: DMTF DSP0274 1.2.1, clauses 10.16 to 10.21; DSP0277 1.1, clause 6, for the opaque data.
 """
@@ -6,6 +6,7 @@ Sources: DMTF DSP0274 1.2.1, clauses 10.16 to 10.21; DSP0277 1.1, clause 6, for 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Final
 
 from cgpu_agent.wire.spdm12 import EXCHANGE_SIZE, HASH_SIZE, SIGNATURE_SIZE, SLOT, Code, Message, header
@@ -106,3 +107,37 @@ def parse_finish(data: bytes) -> bytes:
 FINISH_RESPONSE: Final = header(Code.FINISH_RSP)
 END_SESSION: Final = header(Code.END_SESSION)
 END_SESSION_ACK: Final = header(Code.END_SESSION_ACK)
+
+
+class KeyOperation(IntEnum):
+    """What KEY_UPDATE asks for. The profile does without the update of one direction alone."""
+
+    UPDATE_ALL_KEYS = 2
+    VERIFY_NEW_KEY = 3
+
+
+@dataclass(frozen=True, slots=True)
+class KeyUpdate:
+    """KEY_UPDATE. It is sent under the requester's old key to update, under its new one to verify.
+
+    Attributes:
+        tag: 8 bits, that the answer repeats.
+    """
+
+    operation: KeyOperation
+    tag: int
+
+    def encode(self) -> bytes:
+        return header(Code.KEY_UPDATE, self.operation, self.tag)
+
+    def acknowledgement(self) -> bytes:
+        """KEY_UPDATE_ACK, which is sent under the responder's new key in either case."""
+        return header(Code.KEY_UPDATE_ACK, self.operation, self.tag)
+
+    @classmethod
+    def parse(cls, data: bytes) -> KeyUpdate:
+        message = Message(data, Code.KEY_UPDATE)
+        message.reader.end()
+        if message.first not in set(KeyOperation):
+            raise message.reader.fail("SPDM_PROFILE", f"operation {message.first} is not of the profile spoken here")
+        return cls(KeyOperation(message.first), message.second)

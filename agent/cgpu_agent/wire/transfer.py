@@ -1,7 +1,7 @@
 """Encrypted transfers: the bounce ring as arithmetic, the header of a slot, its IV, and small copies packed into one.
 
     ring   = page of hints to the device || page of hints to the host || slots to the device || slots to the host
-    page   = tail, head, reader sleeps, writer sleeps: u64 of the machine's byte order, 64 bytes apart
+    page   = tail, head, what a sleeping reader and writer wait for: u64 of the machine's byte order, 64 bytes apart
     slot   = header, 64 bytes, which is the AAD || ciphertext || tag, 16 bytes; one every 260 KiB
     IV     = u32be(channel << 1 | direction) || u64be(counter): deterministic, NIST SP 800-38D, 8.2.1
     packed = n times (handle u32be || length u32be || offset u64be) || the data of all n, in this order
@@ -84,11 +84,18 @@ class Hint(IntEnum):
     HEAD = 1
     """Slots ever emptied; the reader's."""
     READER_SLEEPS = 2
+    """What ``TAIL`` must have come to for the reader to be woken; 0: it is awake."""
     WRITER_SLEEPS = 3
+    """Likewise, of ``HEAD``."""
+
+
+def encode_header(*fields: int) -> bytes:
+    """The ``HEADER_SIZE`` bytes of the ``SlotHeader`` with these fields, which takes longer to make than they do."""
+    return _HEADER.pack(_MAGIC, *fields)
 
 
 class SlotHeader(NamedTuple):
-    """The head of a slot. A named tuple: one is made for every slot, and a frozen dataclass takes five times as long.
+    """The head of a slot.
 
     Attributes:
         kind: what it is.
@@ -118,19 +125,8 @@ class SlotHeader(NamedTuple):
     length: int
     handle: int
 
-    def encode_into(self, out: memoryview) -> None:
-        """Write the ``HEADER_SIZE`` bytes."""
-        (kind, direction, detail, epoch, channel, *rest) = self
-        session, transfer, counter, offset, left, length, handle = rest
-        _HEADER.pack_into(
-            out, 0, _MAGIC, kind, direction, detail, epoch, channel, session, transfer, counter, offset, left,
-            length, handle,
-        )  # fmt: skip
-
     def encode(self) -> bytes:
-        out = bytearray(HEADER_SIZE)
-        self.encode_into(memoryview(out))
-        return bytes(out)
+        return encode_header(*self)
 
     @classmethod
     def parse(cls, data: bytes) -> SlotHeader:
@@ -176,7 +172,7 @@ def slot_offset(direction: Direction, counter: int) -> int:
     return 2 * _PAGE + (direction * DEPTH + counter % DEPTH) * STRIDE
 
 
-def iv(channel: int, direction: Direction, counter: int) -> bytes:
+def iv(channel: int, direction: int, counter: int) -> bytes:
     """The 12 bytes of IV: no two slots under one key have the same."""
     return _IV.pack(channel << 1 | direction, counter)
 

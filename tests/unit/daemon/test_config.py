@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cgpu_agent.daemon.config import DEFAULT_POLICY, MAX_FILE, Config, KeyConfig, load, parse
+from cgpu_agent.configfile import MAX_FILE
+from cgpu_agent.daemon.config import DEFAULT_POLICY, Config, KeyConfig, load, parse
 from cgpu_agent.errors import Misuse
 
 EVERYTHING: dict[str, Any] = {

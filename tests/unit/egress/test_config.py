@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cgpu_agent.egress.config import MAX_FILE, Config, Limits, load
+from cgpu_agent.configfile import MAX_FILE
+from cgpu_agent.egress.config import Config, Limits, load
 from cgpu_agent.errors import Misuse
 from cgpu_agent.wire.egress import Destination
 

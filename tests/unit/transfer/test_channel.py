@@ -7,9 +7,12 @@ import contextlib
 import gc
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -163,6 +166,14 @@ def test_channels_end_with_their_session(site: Session) -> None:
     assert refusal(lambda: channel.write(handle, 0, b"y")) == "TRANSFER_DEAD"
 
 
+def test_channels_outlive_an_update_of_the_sessions_keys(site: Session) -> None:
+    """They come from its exporter, which stays; and so do those of a channel opened afterwards."""
+    handle, channel = site.allocate(9), site.channel()
+    site.run(site.transfers._session.update_keys(time.monotonic() + PATIENCE))
+    channel.write(handle, 0, b"the first")
+    assert content(site.channel(), handle, 9) == b"the first"
+
+
 def test_a_session_does_not_see_what_another_has(process: GpuProcess, site: Session) -> None:
     handle, channel = site.allocate(9), site.channel()
     channel.write(handle, 0, b"private")
@@ -205,27 +216,95 @@ def test_strangers_at_the_door(process: GpuProcess, site: Session, descriptors_s
     site.channel()
 
 
+@pytest.mark.parametrize("how", ["vanish", "other-device", "other-chain"])
+def test_a_device_that_is_gone_ends_its_channels_at_once(how: str) -> None:
+    """Nobody sends it a message of SPDM any more. Another device's go on."""
+    with running_gpus("--count", "2") as process, session(process) as site, session(process, 1) as other:
+        handle, channel = site.allocate(1 << 20), site.channel()
+        theirs, neighbour = other.allocate(9), other.channel()
+        begun, caught = threading.Event(), list[str]()
+
+        def write() -> None:
+            while True:
+                channel.write(handle, 0, bytes(1 << 20))
+                begun.set()
+
+        writing = threading.Thread(target=lambda: caught.append(refusal(write)))
+        writing.start()
+        assert begun.wait(PATIENCE)
+        site.misbehave(how, 1)
+        writing.join()
+        assert caught == ["TRANSFER_PEER_GONE"]
+        await_rings(process.pid, 1)
+        neighbour.write(theirs, 0, b"goes on..")
+        site.behave()
+        assert refusal(lambda: site.allocate(1)) in ("GPU_ERROR", "GPU_DRIVER")  # it may be back; the session is not
+
+
 def test_a_killed_device_is_noticed_and_nothing_is_left() -> None:
+    """In the middle of a transfer, which is told so; descriptors and mappings are gone with the channel."""
+    data, out = bytes(16 << 20), bytearray(16 << 20)
+    ways: tuple[Callable[[Channel, int], None], ...] = (
+        lambda channel, handle: channel.write(handle, 0, data),
+        lambda channel, handle: channel.read_into(handle, 0, out),
+    )
     with running_gpus() as process:
         gc.collect()  # what earlier tests left
         before = descriptors(), rings_of(os.getpid())
-        for _ in range(2):
+        for way in ways:
             with session(process) as site:
-                handle, channel = site.allocate(64 << 20), site.channel()
-                caught: list[str] = []
+                handle, channel = site.allocate(16 << 20), site.channel()
+                begun, caught = threading.Event(), list[str]()
 
-                def write(channel: Channel = channel, handle: int = handle, caught: list[str] = caught) -> None:
-                    data = bytes(64 << 20)
-                    caught.append(refusal(lambda: [channel.write(handle, 0, data) for _ in range(1000)]))
+                def move(
+                    way: Callable[[Channel, int], None] = way,
+                    channel: Channel = channel,
+                    handle: int = handle,
+                    begun: threading.Event = begun,
+                ) -> None:
+                    while True:
+                        way(channel, handle)
+                        begun.set()
 
-                writing = threading.Thread(target=write)
-                writing.start()
-                time.sleep(0.05)
+                moving = threading.Thread(target=lambda move=move, caught=caught: caught.append(refusal(move)))  # type: ignore[misc]
+                moving.start()
+                assert begun.wait(PATIENCE)
                 process.kill()
-                writing.join()
+                moving.join()
                 assert caught == ["TRANSFER_PEER_GONE"]
+                assert rings_of(os.getpid()) == before[1]
             process.start()
             assert (descriptors(), rings_of(os.getpid())) == before
+
+
+AGENT = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from fixtures.softwaregpu import GpuProcess
+from fixtures.transfer import session
+with session(GpuProcess(Path(sys.argv[1]))) as site:
+    handle, channel = site.allocate(1 << 20), site.channel()
+    while True:
+        channel.write(handle, 0, bytes(1 << 20))
+        print("written", flush=True)
+"""
+
+
+def test_a_killed_agent_is_noticed_and_nothing_is_left(process: GpuProcess) -> None:
+    before = descriptors(process.pid), rings_of(process.pid)
+    tests = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", AGENT, str(process.socket.parent), tests]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None
+        assert agent.stdout.readline() == "written\n"
+        assert rings_of(process.pid) == before[1] + 1
+        agent.kill()
+    await_rings(process.pid, before[1])
+    until = time.monotonic() + PATIENCE
+    while descriptors(process.pid) > before[0]:  # the session's connection ends a moment later than the channel
+        assert time.monotonic() < until, "a descriptor was kept"
+        time.sleep(0.001)
 
 
 def test_an_agent_that_dies_is_noticed(process: GpuProcess) -> None:

@@ -25,7 +25,7 @@ from cgpu_agent.transfer.keys import SLOTS_PER_KEY
 from cgpu_agent.transfer.memory import PrivateMemory
 from cgpu_agent.transfer.ring import End, Ring, make_ring
 from cgpu_agent.wire.transfer import DEPTH, HEADER_SIZE, RING_SIZE, SLOT_SIZE, Direction, Hint, Kind, SlotHeader
-from fixtures.transfer import Shared, descriptors, rings_of
+from fixtures.transfer import Shared, both_ends, descriptors, rings_of
 
 EXPORTER = bytes(range(48))
 
@@ -34,12 +34,7 @@ class Both:
     """An agent's end and a device's, and the ring between them."""
 
     def __init__(self, *, stall: float = 5.0, slots_per_key: int = SLOTS_PER_KEY) -> None:
-        fd = make_ring()
-        bells = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
-        lines = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ends = [End(Ring(fd), os.dup(bells[side]), os.dup(bells[1 - side]), line) for side, line in enumerate(lines)]
-        for bell in bells:
-            os.close(bell)
+        fd, ends = both_ends()
         self.ring = Shared(fd)
         name = ChannelName(1, 2)
         self.agent, self.device = (
@@ -97,9 +92,9 @@ def test_both_ends_change_keys_at_the_same_slot() -> None:
         epochs = []
         for number in range(7):
             both.write(b"%d" % number)
-            assert both.open() == b"%d" % number
             at = 2 * 4096 + number * (SLOT_SIZE + 4096)
             epochs.append(SlotHeader.parse(both.ring.map[at : at + HEADER_SIZE]).epoch)
+            assert both.open() == b"%d" % number
         assert epochs == [0, 0, 1, 1, 2, 2, 3]
     finally:
         both.close()
@@ -120,6 +115,86 @@ def test_a_bad_tag_leaves_nothing_behind(both: Both) -> None:
     both.ring.map[2 * 4096 + HEADER_SIZE] ^= 1
     assert refusal(both.open) == "SLOT_ALTERED"
     assert not any(both.device.opener.staging.view)
+
+
+PIECE = {"handle": 3, "offset": 100, "left": 9}
+
+
+def sent(both: Both) -> None:
+    both.agent.sealer.send(Kind.WRITE, 5, memoryview(b"piece"), **PIECE)
+
+
+def test_an_expected_piece_is_opened_where_it_is_to_be(both: Both) -> None:
+    into = bytearray(b"\xa5" * 5)
+    sent(both)
+    both.device.opener.expect(Kind.WRITE, 5, 5, **PIECE, into=memoryview(into))
+    assert into == b"piece"
+    sent(both)
+    both.device.opener.expect(Kind.WRITE, 5, 5, **PIECE)
+    assert both.device.opener.plain(5) == b"piece"
+
+
+@pytest.mark.parametrize(
+    "other", [{"handle": 4}, {"offset": 101}, {"left": 8}, {"transfer": 6}, {"kind": Kind.PACKED}, {"length": 4}]
+)
+def test_another_piece_than_the_expected_one_is_not_opened(both: Both, other: dict[str, int]) -> None:
+    into = bytearray(b"\xa5" * other.get("length", 5))
+    arguments = {"kind": Kind.WRITE, "transfer": 5, "length": 5, **PIECE, **other}
+    sent(both)
+    assert refusal(lambda: both.device.opener.expect(**arguments, into=memoryview(into))) == "BAD_TRANSFER"
+    assert set(into) == {0xA5}
+
+
+def test_an_expected_piece_that_was_altered_leaves_zeros(both: Both) -> None:
+    into = bytearray(b"\xa5" * 5)
+    sent(both)
+    both.ring.map[2 * 4096 + HEADER_SIZE] ^= 1
+    expect = lambda: both.device.opener.expect(Kind.WRITE, 5, 5, **PIECE, into=memoryview(into))  # noqa: E731
+    assert refusal(expect) == "SLOT_ALTERED"
+    assert into == bytes(5)
+    assert not any(both.device.opener.staging.view)
+
+
+def test_a_guard_is_held_by_the_cipher_and_by_nobody_who_waits(both: Both) -> None:
+    """Otherwise a channel that stalls would hold up the others."""
+    guard, into = threading.Lock(), memoryview(bytearray(5))
+    waiting = threading.Thread(
+        target=lambda: both.device.opener.expect(Kind.WRITE, 5, 5, **PIECE, into=into, guard=guard)
+    )
+    waiting.start()
+    while not both.ring.hint(Direction.TO_DEVICE, Hint.READER_SLEEPS):
+        time.sleep(0.001)
+    assert guard.acquire(timeout=5)
+    sent(both)
+    while both.ring.hint(Direction.TO_DEVICE, Hint.HEAD) == 0:
+        time.sleep(0.001)
+    waiting.join(0.02)
+    assert waiting.is_alive()
+    guard.release()
+    waiting.join()
+    assert into == b"piece"
+
+
+def test_an_end_in_the_middle_of_a_transfer_is_woken_for_several_slots(both: Both) -> None:
+    for left, slots in ((9, 1), (SLOT_SIZE + 1, 2), (100 * SLOT_SIZE, DEPTH // 2)):
+        waiting = threading.Thread(
+            target=lambda left=left: refusal(  # type: ignore[misc]
+                lambda: both.device.opener.expect(Kind.WRITE, 5, 5, handle=3, offset=0, left=left)
+            )
+        )
+        waiting.start()
+        while not (until := both.ring.hint(Direction.TO_DEVICE, Hint.READER_SLEEPS)):
+            time.sleep(0.001)
+        assert until == slots
+        waiting.join()
+    for _ in range(DEPTH):
+        both.write(b"data")
+    waiting = threading.Thread(target=lambda: refusal(lambda: both.write(b"data")))
+    waiting.start()
+    while not (until := both.ring.hint(Direction.TO_DEVICE, Hint.WRITER_SLEEPS)):
+        time.sleep(0.001)
+    assert until == DEPTH // 2
+    waiting.join()
 
 
 def test_plaintext_is_not_in_the_ring(both: Both) -> None:

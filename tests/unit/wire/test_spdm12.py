@@ -26,8 +26,8 @@ BLOCK = Measurement(1, 1, bytes(48))
 WRITTEN_DOWN = {
     "GET_VERSION": (spdm12.GET_VERSION, "10840000"),
     "VERSION": (spdm12.VERSION_RESPONSE, "10040000 00 01 0012"),
-    "GET_CAPABILITIES": (spdm12.GET_CAPABILITIES, "12e10000 00 00 0000 c2020000 00400100 00400100"),
-    "CAPABILITIES": (spdm12.CAPABILITIES, "12610000 00 14 0000 f2020000 00400100 00400100"),
+    "GET_CAPABILITIES": (spdm12.GET_CAPABILITIES, "12e10000 00 00 0000 c2420000 00400100 00400100"),
+    "CAPABILITIES": (spdm12.CAPABILITIES, "12610000 00 14 0000 f2420000 00400100 00400100"),
     "NEGOTIATE_ALGORITHMS": (
         spdm12.NEGOTIATE_ALGORITHMS,
         "12e30300 2c00 01 02 80000000 02000000" + "00" * 12 + "00 00 0000 02201000 03200200 05200100",
@@ -56,6 +56,9 @@ WRITTEN_DOWN = {
     ),
     "FINISH": (session.encode_finish(VERIFY), "12e50000" + "00" * 48),
     "FINISH_RSP": (session.FINISH_RESPONSE, "12650000"),
+    "KEY_UPDATE": (session.KeyUpdate(session.KeyOperation.UPDATE_ALL_KEYS, 0x71).encode(), "12e90271"),
+    "KEY_UPDATE, verify": (session.KeyUpdate(session.KeyOperation.VERIFY_NEW_KEY, 0x4A).encode(), "12e9034a"),
+    "KEY_UPDATE_ACK": (session.KeyUpdate(session.KeyOperation.VERIFY_NEW_KEY, 0x4A).acknowledgement(), "1269034a"),
     "END_SESSION": (session.END_SESSION, "12ec0000"),
     "END_SESSION_ACK": (session.END_SESSION_ACK, "126c0000"),
     "ERROR": (spdm12.encode_error(spdm12.ErrorCode.DECRYPT_ERROR), "127f0600"),
@@ -88,6 +91,7 @@ PARSERS: dict[str, Parse] = {
     "KEY_EXCHANGE": session.KeyExchange.parse,
     "KEY_EXCHANGE_RSP": session.KeyExchangeResponse.parse,
     "FINISH": session.parse_finish,
+    "KEY_UPDATE": session.KeyUpdate.parse,
     "FINISH_RSP": lambda data: spdm12.require_exactly(data, session.FINISH_RESPONSE),
     "END_SESSION": lambda data: spdm12.require_exactly(data, session.END_SESSION),
     "ERROR": spdm12.parse_error,
@@ -216,7 +220,7 @@ def test_every_key_of_a_session_is_another() -> None:
 
 
 def test_a_nonce_is_the_iv_with_the_sequence_number_in_its_first_bytes() -> None:
-    keys = spdm12keys.DirectionKeys(bytes(32), b"\xff" * 12, bytes(48))
+    keys = spdm12keys.DirectionKeys(bytes(32), b"\xff" * 12, bytes(48), bytes(48))
     assert keys.nonce(0) == b"\xff" * 12
     assert keys.nonce(0x0102) == b"\xfd\xfe" + b"\xff" * 10
 

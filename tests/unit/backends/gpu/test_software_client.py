@@ -22,7 +22,7 @@ from cgpu_agent.backends.gpu.software.make import Maker
 from cgpu_agent.backends.gpu.software.pki import Seed
 from cgpu_agent.backends.gpu.software.requester import Requester
 from cgpu_agent.errors import AgentError, Misuse
-from fixtures.spdmbyhand import ByHandResponder, prefixed, verify
+from fixtures.spdmbyhand import ByHandResponder, Direction, prefixed, verify
 
 T = TypeVar("T")
 Answer = Callable[[bytes, int], bytes | None]
@@ -30,6 +30,7 @@ Answer = Callable[[bytes, int], bytes | None]
 MAKER = Maker(Seed(bytes(32)))
 DEVICE = MAKER.device(1)
 PATIENCE = 10.0
+RECORDS_PER_KEY = "cgpu_agent.backends.gpu.software.requester.RECORDS_PER_KEY"
 
 
 def frame(payload: bytes, kind: int = 5, endpoint: int = 0) -> bytes:
@@ -256,6 +257,42 @@ def test_an_altered_answer_ends_the_session(at: int) -> None:
         return slugs
 
     assert conversation(work, by_hand()) == ["GPU_ERROR", "GPU_DRIVER"]
+
+
+async def _updates(requester: Requester, made: ByHandResponder) -> int:
+    deadline = time.monotonic() + PATIENCE
+    session = await requester.session(deadline)
+    before = session.exporter
+    for _ in range(7):
+        assert await session.vendor(b"abc", deadline) == b"abc"
+    assert session.exporter == before
+    return made.updates
+
+
+def test_keys_of_a_session_are_updated_before_they_sealed_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert conversation(_updates, by_hand()) == 0
+    monkeypatch.setattr(RECORDS_PER_KEY, 3)
+    assert conversation(_updates, by_hand()) == 2  # after 3, and then after 2 and the one that verifies
+
+
+@pytest.mark.parametrize(
+    "bend", [flip(3), flip(2), flip(1), lambda data: data + b"\0", lambda _: bytes.fromhex("127f0700")]
+)
+def test_an_update_that_is_not_acknowledged_ends_the_session(
+    bend: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RECORDS_PER_KEY, 3)
+    with pytest.raises(AgentError) as caught:
+        conversation(_updates, bending(0x69, bend))
+    assert caught.value.slug == "GPU_ERROR"
+
+
+def test_a_responder_that_keeps_its_old_key_ends_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RECORDS_PER_KEY, 3)
+    monkeypatch.setattr(Direction, "update", lambda _: None)
+    with pytest.raises(AgentError) as caught:
+        conversation(_updates, by_hand())
+    assert caught.value.slug == "GPU_ERROR"
 
 
 def test_measurements_come_with_what_their_signature_covers() -> None:

@@ -15,7 +15,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cgpu_agent.backends.gpu.software.make import Maker, blocks
 from cgpu_agent.backends.gpu.software.pki import Seed
 from cgpu_agent.backends.gpu.software.responder import Responder
-from fixtures.spdmbyhand import CHOICE, NEGOTIATION, OFFER, VCA, Keys, point, prefixed, sha384, shared, verify
+from fixtures.spdmbyhand import (
+    CHOICE,
+    NEGOTIATION,
+    OFFER,
+    VCA,
+    Direction,
+    Keys,
+    point,
+    prefixed,
+    sha384,
+    shared,
+    verify,
+)
 
 DEVICE = Maker(Seed(bytes(32))).device(1)
 LEAF: x509.Certificate = DEVICE.leaf.certificate
@@ -116,7 +128,7 @@ def test_an_unknown_block_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "message", ["12e10000 00000000 c2020000 00400100 00400100", "12810000", "12820000 0000 ffff", "12e00000"]
+    "message", ["12e10000 00000000 c2420000 00400100 00400100", "12810000", "12820000 0000 ffff", "12e00000"]
 )
 def test_nothing_is_answered_before_its_time(message: str) -> None:
     assert responder().answer(bytes.fromhex(message)) == UNEXPECTED
@@ -128,7 +140,7 @@ def test_the_same_step_twice_is_refused_and_changes_nothing() -> None:
     exchange(made)
 
 
-@pytest.mark.parametrize("message", ["12e50000" + "00" * 48, "12ec0000"])
+@pytest.mark.parametrize("message", ["12e50000" + "00" * 48, "12e90207", "12ec0000"])
 def test_what_belongs_into_a_session_is_refused_outside(message: str) -> None:
     assert negotiated().answer(bytes.fromhex(message)) == UNEXPECTED
 
@@ -220,3 +232,57 @@ def test_nothing_but_finish_is_heard_before_it() -> None:
     made = negotiated()
     keys, session, _ = exchange(made)
     assert made.answer_record(keys.requester.seal(session, vendor(b"abc"))) is None
+
+
+def said(made: Responder, keys: Keys, session: bytes, message: bytes) -> bytes | None:
+    """What is answered to a sealed message, opened; ``None``: the session is over."""
+    answer = made.answer_record(keys.requester.seal(session, message))
+    return None if answer is None else keys.responder.open(session, answer)
+
+
+def updated(made: Responder, keys: Keys, session: bytes) -> None:
+    """KEY_UPDATE of all keys by hand, not verified yet."""
+    record = keys.requester.seal(session, bytes.fromhex("12e90271"))
+    answer = made.answer_record(record)
+    keys.requester.update()
+    keys.responder.update()
+    assert answer is not None
+    assert keys.responder.open(session, answer) == bytes.fromhex("12690271")
+
+
+def test_keys_are_updated_as_often_as_asked() -> None:
+    made = negotiated()
+    keys, session = opened(made)
+    for _ in range(3):
+        assert (said(made, keys, session, vendor(b"abc")) or b"")[13:] == b"cba"
+        before = keys.requester.secret, keys.responder.secret
+        updated(made, keys, session)
+        assert said(made, keys, session, bytes.fromhex("12e9034a")) == bytes.fromhex("1269034a")
+        assert not {*before} & {keys.requester.secret, keys.responder.secret}
+    assert (said(made, keys, session, vendor(b"abc")) or b"")[13:] == b"cba"
+
+
+def test_old_keys_are_good_for_nothing() -> None:
+    made = negotiated()
+    keys, session = opened(made)
+    old = Direction(keys.requester.secret)
+    updated(made, keys, session)
+    assert made.answer_record(old.seal(session, bytes.fromhex("12e9034a"))) is None
+    assert said(made, keys, session, bytes.fromhex("12e9034a")) is None
+
+
+@pytest.mark.parametrize("message", ["12e9034a", "12e90171", "12e90071", "12e90471", "12e9027100"])
+def test_another_update_than_of_all_keys_ends_the_session(message: str) -> None:
+    """Verification without an update, among others."""
+    made = negotiated()
+    keys, session = opened(made)
+    assert said(made, keys, session, bytes.fromhex(message)) is None
+    assert said(made, keys, session, vendor(b"abc")) is None
+
+
+@pytest.mark.parametrize("message", [vendor(b"abc"), bytes.fromhex("12e90271"), bytes.fromhex("12ec0000")])
+def test_nothing_but_verification_is_heard_after_an_update(message: bytes) -> None:
+    made = negotiated()
+    keys, session = opened(made)
+    updated(made, keys, session)
+    assert said(made, keys, session, message) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -63,6 +64,7 @@ class Board:
         self._ready = False
         self._hangs = False
         self.door: Final = Door()
+        self._responders: Final = weakref.WeakKeyDictionary[Responder, int]()
 
     # --- what the transport asks ---
 
@@ -81,13 +83,15 @@ class Board:
         def command(payload: bytes) -> bytes:
             return self._gpu_command(gpu, payload)
 
-        return Responder(
+        made = Responder(
             self._shown(gpu),
             lambda: self._blocks(gpu),
             command,
             lambda message: _flip(message, _FIRST_VALUE_1_2) if "edited-measurement" in gpu.bad else message,
             lambda number, exporter: TransferSession(number, exporter, self.door, command),
         )
+        self._responders[made] = endpoint
+        return made
 
     def stale(self, responder: Responder, endpoint: int) -> bool:
         """Whether a responder speaks for hardware that is no longer what this endpoint shows."""
@@ -108,6 +112,7 @@ class Board:
             else:
                 gpu.bad.add(name)
         self._generation += self._infos() != before
+        self._hang_up()
 
     def behave(self) -> None:
         """End every misbehaviour. Hardware that was replaced stays replaced."""
@@ -116,6 +121,13 @@ class Board:
         for gpu in self._gpus.values():
             gpu.bad.clear()
         self._generation += self._infos() != before
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """End what goes on with hardware that is not there any more; nobody may send it another frame for a while."""
+        for responder, endpoint in list(self._responders.items()):
+            if not self.present(endpoint) or self.stale(responder, endpoint):
+                responder.close()
 
     # --- what the driver answers ---
 

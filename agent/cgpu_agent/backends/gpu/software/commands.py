@@ -36,8 +36,9 @@ MISBEHAVIOURS: Final = (
 ``wrong-nonce``: answers another nonce. ``edited-measurement``: alters a measurement after signing.
 ``other-firmware``: measured something else, and signs it. ``other-chain``: shows certificates of a stranger.
 ``revoked``: its boot ROM is on its issuer's CRL. ``stale-rim``: reference values whose signer expired.
-``hang``: never answers. ``vanish``: is gone. ``other-device``: another one sits in its place, and stays.
-``duplicate``: answers as the first GPU. ``cc-off``, ``dev-tools``: what the driver says of the mode, unsigned.
+``hang``: never answers. ``vanish``: is gone, and sessions and channels with it. ``other-device``: likewise, but
+another one sits in its place, and stays. ``duplicate``: answers as the first GPU. ``cc-off``, ``dev-tools``: what the
+driver says of the mode, unsigned.
 """
 
 _ARCHITECTURES: Final = frozenset(get_args(GpuArchitecture))

@@ -32,6 +32,8 @@ from cgpu_agent.wire.spdm import SIGNATURE_SIZE
 
 T = TypeVar("T")
 
+RECORDS_PER_KEY: Final = 1 << 16
+"""At most 4097 blocks each: below 2^29 under one key, an advantage of less than 2^-71 in telling them from noise."""
 _MAX_CHAIN: Final = 0xFFFF
 
 
@@ -166,11 +168,31 @@ class Session:
         self.exporter: Final = keys.exporter
         self.chain: Final = chain
 
+    async def update_keys(self, deadline: float) -> None:
+        """Seal under new keys from now on, both ways (DSP0274 1.2.1, KEY_UPDATE). A failure ends the session.
+
+        Old keys cannot be found from new ones. ``exporter`` stays as it is. Raises as ``vendor``.
+        """
+        for operation, changed in (
+            (messages.KeyOperation.UPDATE_ALL_KEYS, self._lanes.receive),
+            (messages.KeyOperation.VERIFY_NEW_KEY, self._lanes.send),
+        ):
+            changed.update()
+            asked = messages.KeyUpdate(operation, secrets.randbelow(256))
+            answer = await _exchange(self._link, self._lanes, asked.encode(), deadline)
+            try:
+                spdm12.require_exactly(answer, asked.acknowledgement())
+            except HostileInput as error:
+                self._link.close()
+                raise DeviceFault("GPU_ERROR", "the GPU did not update the keys of the session") from error
+
     async def vendor(self, payload: bytes, deadline: float) -> bytes:
         """Exchange payloads of vendor-defined messages, sealed. A failure ends the session.
 
         Raises ``DeviceFault`` as ``Link.exchange``; ``GPU_ERROR`` also where a record was altered or repeated.
         """
+        if self._lanes.send.sequence >= RECORDS_PER_KEY:
+            await self.update_keys(deadline)
         answer = await _exchange(self._link, self._lanes, spdm12.encode_vendor(payload, response=False), deadline)
         try:
             return spdm12.parse_vendor(answer, response=True)

@@ -50,7 +50,10 @@ class Inside(Protocol):
 
 @dataclass(slots=True)
 class _Session:
-    """A session being made (``secret`` and ``finished`` are set) or open (both empty, and ``inside`` is set)."""
+    """A session being made (``secret`` and ``finished`` are set) or open (both empty, and ``inside`` is set).
+
+    ``unverified``: its keys are new, and the requester has not shown yet that it has them, too.
+    """
 
     number: int
     lanes: Lanes
@@ -58,6 +61,7 @@ class _Session:
     secret: bytes
     finished: bytes
     inside: Inside | None = None
+    unverified: bool = False
 
 
 class Responder:
@@ -138,7 +142,7 @@ class Responder:
             Code.GET_MEASUREMENTS: self._measurements,
             Code.KEY_EXCHANGE: self._key_exchange,
         }
-        if code in (Code.FINISH, Code.END_SESSION):
+        if code in (Code.FINISH, Code.KEY_UPDATE, Code.END_SESSION):
             raise _Refusal(ErrorCode.UNEXPECTED_REQUEST)  # only ever within a session
         if code not in later:
             raise _Refusal(ErrorCode.UNSUPPORTED_REQUEST)
@@ -221,6 +225,8 @@ class Responder:
         code = spdm12.code_of(message)
         if active.secret:
             return self._finish(active, message)
+        if active.unverified or code == Code.KEY_UPDATE:
+            return self._key_update(active, message)
         if code == Code.END_SESSION:
             spdm12.require_exactly(message, session.END_SESSION)
             self.close()
@@ -228,6 +234,17 @@ class Responder:
         if code == Code.VENDOR_DEFINED_REQUEST:
             return self._vendor_defined(message, active.inside)
         return spdm12.encode_error(ErrorCode.UNSUPPORTED_REQUEST)
+
+    def _key_update(self, active: _Session, message: bytes) -> bytes:
+        """Raises ``HostileInput``, which ends the session, for anything but an update and then its verification."""
+        asked = session.KeyUpdate.parse(message)
+        if active.unverified != (asked.operation is session.KeyOperation.VERIFY_NEW_KEY):
+            raise HostileInput("BAD_KEY_UPDATE", "SPDM KEY_UPDATE: not the operation whose turn it is")
+        if not active.unverified:
+            active.lanes.receive.update()
+            active.lanes.send.update()
+        active.unverified = not active.unverified
+        return asked.acknowledgement()
 
     def _finish(self, active: _Session, message: bytes) -> bytes:
         """Raises ``HostileInput``, which ends the session, unless the requester proves the handshake's keys."""

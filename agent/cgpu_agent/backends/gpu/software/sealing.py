@@ -22,22 +22,33 @@ _SPDM: Final = b"\x05"  # the message type within a record, as MCTP has it (DSP0
 
 
 class Lane:
-    """A key and its next sequence number. Used by one side to send, by the other to receive, never for both."""
+    """A key and its next sequence number. Used by one side to send, by the other to receive, never for both.
 
-    __slots__ = ("_aead", "_keys", "_sequence", "_session")
+    Attributes:
+        sequence: how many records its present key has seen.
+    """
+
+    __slots__ = ("_aead", "_keys", "_session", "sequence")
 
     def __init__(self, session: int, keys: DirectionKeys) -> None:
         self._session: Final = session
-        self._keys: Final = keys
-        self._aead: Final = AESGCM(keys.key)
-        self._sequence = 0
+        self._take(keys)
+
+    def update(self) -> None:
+        """Go on under the key after this one, which cannot be found from that."""
+        self._take(self._keys.update())
+
+    def _take(self, keys: DirectionKeys) -> None:
+        self._keys = keys
+        self._aead = AESGCM(keys.key)
+        self.sequence = 0
 
     def seal(self, message: bytes) -> bytes:
         """The record of an SPDM message. Raises ``HostileInput``: ``TOO_LARGE``, ``SEQUENCE_EXHAUSTED``."""
         plain = encode_plain(_SPDM + message)
-        header = record_header(self._session, self._sequence, len(plain) + TAG_SIZE)
-        sealed = self._aead.encrypt(self._keys.nonce(self._sequence), plain, header)
-        self._sequence += 1
+        header = record_header(self._session, self.sequence, len(plain) + TAG_SIZE)
+        sealed = self._aead.encrypt(self._keys.nonce(self.sequence), plain, header)
+        self.sequence += 1
         return header + sealed
 
     def open(self, record: bytes) -> bytes:
@@ -47,13 +58,13 @@ class Lane:
             HostileInput: ``BAD_RECORD`` (altered, or under another key), ``WRONG_SESSION``, ``WRONG_SEQUENCE``,
                 ``SEQUENCE_EXHAUSTED``, lengths.
         """
-        sealed = parse_record(record, self._session, self._sequence)
-        header = record_header(self._session, self._sequence, len(sealed))
+        sealed = parse_record(record, self._session, self.sequence)
+        header = record_header(self._session, self.sequence, len(sealed))
         try:
-            plain = self._aead.decrypt(self._keys.nonce(self._sequence), sealed, header)
+            plain = self._aead.decrypt(self._keys.nonce(self.sequence), sealed, header)
         except InvalidTag as error:
             raise HostileInput("BAD_RECORD", "SPDM record: altered, or sealed under another key") from error
-        self._sequence += 1
+        self.sequence += 1
         message = parse_plain(plain)
         if message[:1] != _SPDM:
             raise HostileInput("BAD_RECORD", "SPDM record: it holds something other than an SPDM message")

@@ -37,11 +37,25 @@ def door_of(path: Path) -> Path:
     return path.with_name(path.name + ".rings")
 
 
+class Allocation(PrivateMemory):
+    """Memory of one session, which only its channels see.
+
+    Attributes:
+        guard: held by a channel that opens a slot into it, until the tag was verified, and by one that reads it.
+    """
+
+    __slots__ = ("guard",)
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, lock=False)
+        self.guard: Final = threading.Lock()
+
+
 class DeviceMemory:
     """The allocations of one session."""
 
     def __init__(self) -> None:
-        self._allocations: Final[dict[int, PrivateMemory]] = {}
+        self._allocations: Final[dict[int, Allocation]] = {}
         self._last = 0
 
     def allocate(self, size: int) -> int | None:
@@ -50,14 +64,14 @@ class DeviceMemory:
         if len(self._allocations) >= MAX_ALLOCATIONS or taken + size > MAX_MEMORY:
             return None
         self._last += 1
-        self._allocations[self._last] = PrivateMemory(size, lock=False)
+        self._allocations[self._last] = Allocation(size)
         return self._last
 
     def free(self, handle: int) -> bool:
         """Whether there was one. A transfer that is using it ends as it would have; the memory goes then."""
         return self._allocations.pop(handle, None) is not None
 
-    def find(self, handle: int, offset: int, size: int) -> PrivateMemory | Refusal:
+    def find(self, handle: int, offset: int, size: int) -> Allocation | Refusal:
         """The allocation, if all of a range is within it."""
         found = self._allocations.get(handle)
         if found is None:
@@ -100,22 +114,32 @@ class Peer:
                 self._duplex.kill()
 
     def _write(self, found: SlotHeader) -> None:
-        """The first slot decides for the whole transfer; one that is refused is taken all the same, and dropped."""
+        """The first slot decides for the whole transfer; one that is refused is taken all the same, and dropped.
+
+        Who chose the place of the first is not known before it is open, so that is done in staging. Of the others
+        everything is known: they are opened where they are to be, which the transfer was to overwrite anyway.
+        """
         opener = self._duplex.opener
         place = self._memory.find(found.handle, found.offset, found.left)
-        while True:
-            if isinstance(place, PrivateMemory):
-                copy(place.address + found.offset, opener.address, found.length)
-            if found.left == found.length:
-                break
-            expected = found._replace(
-                offset=found.offset + found.length,
-                left=found.left - found.length,
-                length=min(found.left - found.length, SLOT_SIZE),
+        if isinstance(place, Allocation):
+            copy(place.address + found.offset, opener.address, found.length)
+        guard = contextlib.nullcontext() if isinstance(place, Refusal) else place.guard
+        offset, left = found.offset + found.length, found.left - found.length
+        while left:
+            size = min(left, SLOT_SIZE)
+            into = None if isinstance(place, Refusal) else place.view[offset : offset + size]
+            opener.expect(
+                Kind.WRITE,
+                found.transfer,
+                size,
+                handle=found.handle,
+                offset=offset,
+                left=left,
+                into=into,
+                guard=guard,
             )
-            found = opener.receive()
-            if found._replace(counter=0, epoch=0) != expected._replace(counter=0, epoch=0):
-                raise HostileInput("BAD_TRANSFER", "a slot does not go on where the one before it ended")
+            offset += size
+            left -= size
         self._answer(place, found.transfer)
 
     def _packed(self, found: SlotHeader) -> None:
@@ -124,23 +148,25 @@ class Peer:
         places = [self._memory.find(piece.handle, piece.offset, piece.length) for piece in pieces]
         refusal = next((place for place in places if isinstance(place, Refusal)), None)
         for piece, place in zip(pieces, places, strict=True):
-            if refusal is None and isinstance(place, PrivateMemory):
+            if refusal is None and isinstance(place, Allocation):
                 copy(place.address + piece.offset, opener.address + piece.start, piece.length)
         self._answer(refusal, found.transfer)
 
     def _read(self, found: SlotHeader) -> None:
         place = self._memory.find(found.handle, found.offset, found.left)
         if isinstance(place, Refusal) or not found.left:
-            self._answer(Refusal.BAD_RANGE if isinstance(place, PrivateMemory) else place, found.transfer)
+            self._answer(Refusal.BAD_RANGE if isinstance(place, Allocation) else place, found.transfer)
             return
         offset, left = found.offset, found.left
         while left:
             piece = place.view[offset : offset + min(left, SLOT_SIZE)]
-            self._duplex.sealer.send(Kind.DATA, found.transfer, piece, handle=found.handle, offset=offset, left=left)
+            self._duplex.sealer.send(
+                Kind.DATA, found.transfer, piece, handle=found.handle, offset=offset, left=left, guard=place.guard
+            )
             offset += len(piece)
             left -= len(piece)
 
-    def _answer(self, outcome: PrivateMemory | Refusal | None, transfer: int) -> None:
+    def _answer(self, outcome: Allocation | Refusal | None, transfer: int) -> None:
         if isinstance(outcome, Refusal):
             self._duplex.sealer.send(Kind.REFUSED, transfer, detail=outcome)
         else:
