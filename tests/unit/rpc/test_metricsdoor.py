@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import socket
 import subprocess
@@ -161,7 +162,7 @@ def test_what_is_refused_gets_no_numbers_and_the_next_is_served(door: Door, requ
 
 
 def test_a_request_that_trickles_in_is_cut_and_the_next_is_served(tmp_path: Path) -> None:
-    with Door(tmp_path / "m.sock", lambda: TEXT, 1.0).open() as door, door.connected() as slow:
+    with Door(tmp_path / "m.sock", lambda: TEXT, 2.0).open() as door, door.connected() as slow:
         stop = threading.Event()
 
         def trickle() -> None:
@@ -184,9 +185,10 @@ def test_a_request_that_trickles_in_is_cut_and_the_next_is_served(tmp_path: Path
 
 
 def test_a_reader_that_takes_nothing_is_cut_and_the_next_is_served(tmp_path: Path) -> None:
-    with Door(tmp_path / "m.sock", lambda: "x" * (8 << 20), 1.0).open() as door, door.connected() as lazy:
+    texts = itertools.chain(["x" * (8 << 20)], itertools.repeat(TEXT))
+    with Door(tmp_path / "m.sock", lambda: next(texts), 2.0).open() as door, door.connected() as lazy:
         lazy.sendall(GOOD)
-        assert door.ask(GOOD)[0] == 200
+        assert door.ask(GOOD) == (200, TEXT.encode())
 
 
 def test_what_cannot_be_told_is_unavailable_and_says_nothing(tmp_path: Path) -> None:
