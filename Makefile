@@ -94,7 +94,7 @@ install: ## install units, configuration, policy and man pages (DESTDIR, PREFIX)
 	install -D -m 644 docs/man/cgpu-agent.toml.5 $(DESTDIR)$(PREFIX)/share/man/man5/cgpu-agent.toml.5
 
 uninstall: ## remove what "install" installed, but the configuration
-	rm -rf $(addprefix $(DESTDIR)$(PREFIX)/lib/systemd/system/,cgpu-agent.service cgpu-agent.socket cgpu-agent-admin.socket cgpu-agent-lease.socket cgpu-egress.service cgpu-egress.socket cgpu-ready.service cgpu-ready.socket cgpu-verifier.service cgpu-agent.service.d dev-tpmrm0.device.d/50-cgpu-agent.conf nvidia-persistenced.service.d/zz-cgpu-agent.conf)
+	rm -rf $(addprefix $(DESTDIR)$(PREFIX)/lib/systemd/system/,cgpu-agent.service cgpu-agent.socket cgpu-agent-admin.socket cgpu-agent-lease.socket cgpu-agent-metrics.socket cgpu-egress.service cgpu-egress.socket cgpu-ready.service cgpu-ready.socket cgpu-verifier.service cgpu-agent.service.d dev-tpmrm0.device.d/50-cgpu-agent.conf nvidia-persistenced.service.d/zz-cgpu-agent.conf)
 	rm -f $(DESTDIR)$(PREFIX)/lib/sysusers.d/cgpu-agent.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/cgpu-agent.conf $(DESTDIR)$(PREFIX)/share/cgpu-agent/policy.cedar
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/man/,man1/cgpuctl.1 man8/cgpu-agent.8 man8/cgpu-egress.8 man8/cgpu-ready.8 man8/cgpu-verifier.8 man5/cgpu-agent.toml.5)
 

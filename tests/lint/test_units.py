@@ -23,11 +23,12 @@ SOCKETS = {
     "admin": UNITS / "cgpu-agent-admin.socket",
     "lease": UNITS / "cgpu-agent-lease.socket",
 }
+METRICS = UNITS / "cgpu-agent-metrics.socket"
 RELOAD = UNITS / "cgpu-agent.service.d" / "50-newer-systemd.conf"
 DEVICE = UNITS / "dev-tpmrm0.device.d" / "50-cgpu-agent.conf"
 HELPER, HELPER_SOCKET = UNITS / "cgpu-ready.service", UNITS / "cgpu-ready.socket"
 PERSISTENCED = UNITS / "nvidia-persistenced.service.d" / "zz-cgpu-agent.conf"
-EVERY_FILE = [SERVICE, *SOCKETS.values(), RELOAD, DEVICE, HELPER, HELPER_SOCKET]
+EVERY_FILE = [SERVICE, *SOCKETS.values(), METRICS, RELOAD, DEVICE, HELPER, HELPER_SOCKET]
 
 DESCRIPTORS_PER_CALLER = 4  # and as many for a lease
 EXPOSURE_ALLOWED = 15  # tenths
@@ -79,7 +80,7 @@ def installed(tmp_path: Path) -> Path:
     return folder
 
 
-ALL_UNITS = (SERVICE.name, *(path.name for path in SOCKETS.values()), HELPER.name, HELPER_SOCKET.name)
+ALL_UNITS = (SERVICE.name, *(path.name for path in (*SOCKETS.values(), METRICS)), HELPER.name, HELPER_SOCKET.name)
 
 
 @needs_analyze
@@ -158,6 +159,14 @@ def test_workloads_reach_their_socket_and_only_operators_the_other() -> None:
     api, admin, lease = (settings(SOCKETS[name]) for name in ("api", "admin", "lease"))
     assert api["SocketMode"] == lease["SocketMode"] == ["0666"]
     assert admin["SocketMode"] == ["0600"]
+
+
+def test_metrics_are_opt_in_and_for_operators() -> None:
+    socket = settings(METRICS)
+    assert (socket["FileDescriptorName"], socket["Service"]) == (["metrics"], [SERVICE.name])
+    assert (socket["SocketUser"], socket["SocketMode"]) == (settings(SERVICE)["User"], ["0600"])
+    assert Config().sockets.metrics == "none"
+    assert METRICS.name not in SERVICE.read_text()
 
 
 def test_the_daemon_may_call_its_own_admin_socket() -> None:

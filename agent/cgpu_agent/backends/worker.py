@@ -130,6 +130,11 @@ class Worker:
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue."""
+        return self._jobs.qsize()
+
     async def run(self, work: Callable[[Any], Any], *, timeout: float, idempotent: bool = True) -> Any:
         """Queue ``work`` and wait ``timeout`` seconds at most, for its turn and for its result together."""
         job = Job(work, time.monotonic() + timeout, self._faults, idempotent=idempotent)

@@ -17,6 +17,8 @@ from cgpu_agent.cli.arguments import (
     evidence,
     gpu,
     key,
+    loglevel,
+    metrics,
     platform,
     policy,
     quote,
@@ -31,6 +33,8 @@ from cgpu_agent.cli.arguments.common import Commands
 _COMMANDS: tuple[Callable[[Commands], None], ...] = (
     status.add,
     doctor.add,
+    metrics.add,
+    loglevel.add,
     boot.add,
     evidence.add,
     verify.add,

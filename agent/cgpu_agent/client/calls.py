@@ -434,6 +434,18 @@ def get_status() -> Call[admin_pb2.GetStatusResponse]:
     return Call("Admin", "GetStatus", admin_pb2.GetStatusRequest(), lambda answer: answer)
 
 
+def get_metrics() -> Call[str]:
+    return Call("Admin", "GetMetrics", admin_pb2.GetMetricsRequest(), lambda answer: answer.text)
+
+
+def get_log_level() -> Call[admin_pb2.GetLogLevelResponse]:
+    return Call("Admin", "GetLogLevel", admin_pb2.GetLogLevelRequest(), lambda answer: answer)
+
+
+def set_log_level(level: str) -> Call[None]:
+    return Call("Admin", "SetLogLevel", admin_pb2.SetLogLevelRequest(level=level), lambda _answer: None)
+
+
 def show_sealed_keys() -> Call[sealed_keys_pb2.ShowSealedKeysResponse]:
     return Call("SealedKeys", "Show", sealed_keys_pb2.ShowSealedKeysRequest(), lambda answer: answer)
 

@@ -228,6 +228,18 @@ class Admin:
         """What the agent is doing. Raises ``AgentError``, as everything here."""
         return self._run(calls.get_status())
 
+    def get_metrics(self) -> str:
+        """The agent's numbers, in Prometheus' text format."""
+        return self._run(calls.get_metrics())
+
+    def get_log_level(self) -> admin_pb2.GetLogLevelResponse:
+        """How much goes to the journal."""
+        return self._run(calls.get_log_level())
+
+    def set_log_level(self, level: str) -> None:
+        """Have it be ``debug``, ``info``, ``warning`` or ``error`` until the next reload or start."""
+        self._run(calls.set_log_level(level))
+
     def show_sealed_keys(self) -> sealed_keys_pb2.ShowSealedKeysResponse:
         """The store of keys sealed to this VM's TPM."""
         return self._run(calls.show_sealed_keys())

@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import structlog
 
@@ -32,8 +32,9 @@ from cgpu_agent.daemon.approvals import load_approvals
 from cgpu_agent.daemon.brokerconfig import BROKER_TABLES
 from cgpu_agent.daemon.brokers import make_brokers
 from cgpu_agent.daemon.build import build_digest
-from cgpu_agent.daemon.config import Config, GpuConfig
+from cgpu_agent.daemon.config import Config, GpuConfig, LogLevel
 from cgpu_agent.daemon.gpus import load_judge, load_rules, offer_transfers
+from cgpu_agent.daemon.metrics import CountedLeases, families
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded, lease_door
 from cgpu_agent.daemon.watchdog import Watchdog
@@ -44,7 +45,7 @@ from cgpu_agent.domain.gpujudge import GpuJudge
 from cgpu_agent.domain.gpurecord import GpuRecords
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.gpustate import Reason
-from cgpu_agent.domain.leases import LeaseLimits, Leases
+from cgpu_agent.domain.leases import LeaseLimits
 from cgpu_agent.domain.opening import Opening
 from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.policy import Action, Decision, Key, Policy
@@ -63,7 +64,9 @@ from cgpu_agent.rpc.environment import self_check_environment
 from cgpu_agent.rpc.identify import Identifier
 from cgpu_agent.rpc.interceptor import LogThrottle
 from cgpu_agent.rpc.methods import admin_authorizer, public_authorizer
+from cgpu_agent.rpc.metricsdoor import MetricsDoor
 from cgpu_agent.wire.bundle import MAX_CERTIFICATE
+from cgpu_agent.wire.metrics import exposition
 
 _DRAIN_SECONDS = 5.0
 _STATUS_SECONDS = 1.0
@@ -99,6 +102,12 @@ def _open_gpus(config: GpuConfig) -> NvmlGpus | SoftwareGpus | None:
     return NvmlGpus(helper=None if config.ready_helper == "none" else Path(config.ready_helper))
 
 
+def _lease_limits(config: Config) -> LeaseLimits:
+    limits = config.limits
+    sizes = (limits.lease_mib, limits.lease_mib_per_uid, limits.lease_mib_in_all)
+    return LeaseLimits(*(size << 20 for size in sizes))
+
+
 class App:
     """One run of the daemon.
 
@@ -111,6 +120,7 @@ class App:
     def __init__(self, config: Config, config_path: Path | None, notifier: Notifier) -> None:
         self._config = config
         self._started_with = config
+        self._log_level = config.log_level
         self._config_path = config_path
         self._notifier = notifier
         self._policy = load_policy(config)
@@ -119,7 +129,7 @@ class App:
         self._capabilities = self_check_environment()
         self._build = build_digest()
         passed = passed_descriptors()
-        unknown = passed.keys() - {"api", "admin", "lease", "systemd-log"}
+        unknown = passed.keys() - {"api", "admin", "lease", "metrics", "systemd-log"}
         if unknown:
             raise Misuse("BAD_CONFIG", f"systemd handed over what nobody asked for: {', '.join(sorted(unknown))}")
         private = Path(config.runtime_dir)
@@ -167,10 +177,10 @@ class App:
             admin_authorizer(os.geteuid()),
             InFlight(16, 16),
             DoorLimits(max_connections=16, max_per_uid=8),
-            add_admin(self._core, self._status),
+            add_admin(self._core, self),
             recorder,
         )
-        leases = self._leases(config)
+        self._leases = leases = CountedLeases(_lease_limits(config))
         self._core.opening = Opening(self._core.release, leases)
         offer_transfers(self._core, config.limits, self._transfer_gpus, leases, self._trust_epoch)
         self._lease_door = lease_door(
@@ -182,6 +192,7 @@ class App:
             lambda: self._policy.wants_executable,
             lambda caller: self._policy.decide(caller, Action.GPU_TRANSFER, self._core.facts()).allowed,
         )
+        self._metrics_door = self._open_metrics(passed.get("metrics"), config.sockets.metrics, identifier)
         self._watchdog = Watchdog(
             notifier,
             {
@@ -207,10 +218,11 @@ class App:
         seconds = float(config.tpm.request_seconds)
         return Vault(self._tpm, SealedKeys(files), load_approvals(config.sealed), self._core.clock, timeout=seconds)
 
-    def _leases(self, config: Config) -> Leases:
-        limits = config.limits
-        sizes = (limits.lease_mib, limits.lease_mib_per_uid, limits.lease_mib_in_all)
-        return Leases(LeaseLimits(*(size << 20 for size in sizes)))
+    def _open_metrics(self, passed: int | None, path: str, identifier: Identifier) -> MetricsDoor | None:
+        """Where metrics are read; ``None`` where nobody asked for it."""
+        if passed is None and path == "none":
+            return None
+        return MetricsDoor(_listener(passed, path, 0o600), identifier, self.metrics)
 
     def _release(self, config: Config) -> Release:
         core = self._core
@@ -344,6 +356,8 @@ class App:
         for server in self._servers:
             await server.start()
         self._lease_door.start()
+        if self._metrics_door is not None:
+            self._metrics_door.start()
         stopped = asyncio.create_task(stop.wait())
         establishing = asyncio.create_task(self._establish())
         tasks = {stopped, establishing}
@@ -388,6 +402,8 @@ class App:
             await self._core.channels.stop()
         await asyncio.gather(*(server.stop(_DRAIN_SECONDS) for server in self._servers))
         await asyncio.to_thread(self._lease_door.close)
+        if self._metrics_door is not None:
+            await asyncio.to_thread(self._metrics_door.close)
         await self._recorder.settle()
         await self._audit_denials(now=True)
         await self._audit("agent-stop")
@@ -495,7 +511,7 @@ class App:
         fixed = [name for name in _FIXED if getattr(fresh, name) != getattr(self._started_with, name)]
         self._reload_problem = f"restart to apply changes to {', '.join(fixed)}" if fixed else None
         changed = fresh.source != self._config.source or policy.digest != self._policy.digest
-        journal.configure(fresh.log_level)
+        self._use_log_level(fresh.log_level)
         await self._trust(judge, policy)
         self._config = fresh
         self._policy = policy
@@ -520,7 +536,27 @@ class App:
         elif policy.digest != self._policy.digest:
             await gpus.distrust(Reason("POLICY_CHANGED", "the policy has changed"))
 
-    def _status(self) -> status.pb.GetStatusResponse:
+    def metrics(self) -> str:
+        """See ``rpc.admin.Operated``, as for what follows."""
+        core = self._core
+        problems = status.problems(core, self._watchdog.stuck(time.monotonic()), self._reload_problem)
+        state = status.state_of(core, problems)
+        return exposition(families(core, self._servers, self._tpm, self._leases, state, problems, self._build))
+
+    def log_level(self) -> tuple[str, str]:
+        return self._log_level, self._config.log_level
+
+    def set_log_level(self, level: str) -> None:
+        if level not in get_args(LogLevel):
+            raise Misuse("BAD_LOG_LEVEL", f"the level must be one of {', '.join(get_args(LogLevel))}")
+        log.warning("log level set", level=level)
+        self._use_log_level(cast(LogLevel, level))
+
+    def _use_log_level(self, level: LogLevel) -> None:
+        self._log_level = level
+        journal.configure(level)
+
+    def status(self) -> status.pb.GetStatusResponse:
         return status.compose(
             self._core,
             self._servers,

@@ -28,11 +28,12 @@ DEFAULT_POLICY = "default"
 
 @dataclass(frozen=True, slots=True)
 class Sockets:
-    """Paths bound where systemd does not hand over sockets named ``api``, ``admin`` and ``lease``."""
+    """Paths bound where systemd does not hand over sockets named as these are. ``metrics``: or "none"."""
 
     api: str = "/run/cgpu-agent/agent.sock"
     admin: str = "/run/cgpu-agent/admin.sock"
     lease: str = "/run/cgpu-agent/lease.sock"
+    metrics: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +211,7 @@ def _check(config: Config) -> None:
         "sockets.api": config.sockets.api,
         "sockets.admin": config.sockets.admin,
         "sockets.lease": config.sockets.lease,
+        "sockets.metrics": "/" if config.sockets.metrics == "none" else config.sockets.metrics,
         "logs.boot": config.logs.boot,
         "logs.systemd": config.logs.systemd,
         "platform.collateral": config.platform.collateral,
@@ -222,8 +224,8 @@ def _check(config: Config) -> None:
     for name, path in paths.items():
         if not path.startswith("/") or "\0" in path:
             raise bad(f"{name} must be an absolute path")
-    if len({config.sockets.api, config.sockets.admin, config.sockets.lease}) != len(fields(Sockets)):
-        raise bad("sockets.api, sockets.admin and sockets.lease must differ")
+    if len({getattr(config.sockets, entry.name) for entry in fields(Sockets)}) != len(fields(Sockets)):
+        raise bad("the paths in sockets must differ")
     if not 10 <= tpm.register <= 15:
         raise bad("tpm.register must be a PCR that firmware leaves alone and nobody can reset: 10-15, best 13")
     if tpm.register not in tpm.evidence_pcrs:

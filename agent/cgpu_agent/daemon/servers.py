@@ -36,7 +36,7 @@ from cgpu_agent.domain.policy import Decision
 from cgpu_agent.domain.quota import InFlight
 from cgpu_agent.errors import Unavailable
 from cgpu_agent.rpc.addresses import Listener
-from cgpu_agent.rpc.admin import AdminService
+from cgpu_agent.rpc.admin import AdminService, Operated
 from cgpu_agent.rpc.admission import DoorLimits
 from cgpu_agent.rpc.evidence import EvidenceService
 from cgpu_agent.rpc.exe_digest import ExeDigests
@@ -208,13 +208,11 @@ def add_public(core: Core) -> Callable[[grpc.aio.Server], tuple[str, ...]]:
     return add
 
 
-def add_admin(
-    core: Core, status: Callable[[], admin_pb2.GetStatusResponse]
-) -> Callable[[grpc.aio.Server], tuple[str, ...]]:
+def add_admin(core: Core, daemon: Operated) -> Callable[[grpc.aio.Server], tuple[str, ...]]:
     """Services of the admin socket."""
 
     def add(server: grpc.aio.Server) -> tuple[str, ...]:
-        admin_pb2_grpc.add_AdminServicer_to_server(AdminService(status), server)
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminService(daemon), server)
         sealed_keys_pb2_grpc.add_SealedKeysServicer_to_server(SealedKeysService(core), server)
         return (
             admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cgpu_agent import __version__
 from cgpu_agent.api.v1 import admin_pb2
 from cgpu_agent.daemon.servers import SELF_CHECK, Guarded
-from cgpu_agent.domain.core import Core, Problem
+from cgpu_agent.domain.core import Core, Problem, State
 from cgpu_agent.domain.keys import Keys
 
 pb = admin_pb2
@@ -33,6 +33,23 @@ def line(core: Core, servers: Sequence[Guarded], stuck: Sequence[str], reload_pr
     return "; ".join(parts)
 
 
+def problems(core: Core, stuck: Sequence[str], reload_problem: str | None) -> list[Problem]:
+    """Everything that an operator should look at, worst first."""
+    found = core.problems()
+    found += [
+        Problem("STUCK", f"the {name} gives no sign of life", "systemd will restart the agent") for name in stuck
+    ]
+    if reload_problem:
+        found.append(Problem("CONFIG_NOT_APPLIED", reload_problem, "mend the file and reload, or restart"))
+    return found
+
+
+def state_of(core: Core, found: Sequence[Problem]) -> State:
+    """The state, with what only the daemon knows."""
+    state = core.state()
+    return "degraded" if state == "serving" and found else state
+
+
 def compose(
     core: Core,
     servers: Sequence[Guarded],
@@ -45,22 +62,14 @@ def compose(
     identity_strength: str,
 ) -> pb.GetStatusResponse:
     """Everything an operator may ask."""
-    problems = core.problems()
-    problems += [
-        Problem("STUCK", f"the {name} gives no sign of life", "systemd will restart the agent") for name in stuck
-    ]
-    if reload_problem:
-        problems.append(Problem("CONFIG_NOT_APPLIED", reload_problem, "mend the file and reload, or restart"))
-    state = core.state()
-    if state == "serving" and problems:
-        state = "degraded"
+    found = problems(core, stuck, reload_problem)
     stats = servers[0].door.stats()
     return pb.GetStatusResponse(
-        state=_STATES[state],
+        state=_STATES[state_of(core, found)],
         status_line=line(core, servers, stuck, reload_problem),
         version=__version__,
         uptime_seconds=uptime,
-        problems=[pb.Problem(reason=p.reason, message=p.message, remedy=p.remedy) for p in problems],
+        problems=[pb.Problem(reason=p.reason, message=p.message, remedy=p.remedy) for p in found],
         tpm=_tpm(core.keys, evidence_pcrs),
         door=pb.DoorStatus(
             open=stats.open,

@@ -105,6 +105,11 @@ class MeasuredBoot:
         self.fault: DeviceFault | None = None
         """Why the last job got nothing from the TPM; ``None`` once one got something."""
 
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait for their turn at the TPM."""
+        return self._turns.waiting
+
     async def run(self, owner: Hashable, job: Callable[[TpmCommands], T], *, idempotent: bool = True) -> T:
         """Run a TPM job, unless evidence is refused; remember a refusal that only a reboot mends.
 

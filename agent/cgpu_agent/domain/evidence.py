@@ -24,6 +24,7 @@ from cgpu_agent.wire.extradata import manifest_extra_data
 from cgpu_agent.wire.gpunonce import gpu_batch_nonce
 from cgpu_agent.wire.manifest import AuditAnchor, LogDigest, Manifest
 from cgpu_agent.wire.merkle import Tree
+from cgpu_agent.wire.metrics import Histogram
 from cgpu_agent.wire.platformwords import PlatformWords
 from cgpu_agent.wire.statement import (
     MAX_NONCE,
@@ -38,6 +39,7 @@ from cgpu_agent.wire.statement import (
 from cgpu_agent.wire.tpm import PcrSelection
 
 MAX_BATCH = 256
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, MAX_BATCH)
 
 _Waiting = tuple[bytes, "asyncio.Future[bytes]"]
 
@@ -91,6 +93,7 @@ class _Lane:
 
     def __init__(self) -> None:
         self.waiting: RoundRobin[_Waiting] = RoundRobin()
+        self.callers = Histogram(_BATCH_SIZES)
         self.runner: asyncio.Task[None] | None = None
 
     def next_batch(self) -> list[_Waiting]:
@@ -144,6 +147,11 @@ class Evidence:
         self._vm_generation = vm_generation
         self._boot_lane, self._gpu_lane = _Lane(), _Lane()
 
+    @property
+    def callers(self) -> Mapping[str, Histogram]:
+        """How many callers shared each quote, by lane."""
+        return {"boot": self._boot_lane.callers, "gpus": self._gpu_lane.callers}
+
     async def get(self, caller: Caller, request: Request, release: KeyRelease | None = None) -> bytes:
         """A bundle for this caller.
 
@@ -188,7 +196,9 @@ class Evidence:
         while batch := lane.next_batch():
             failure: AgentError = Unavailable("EVIDENCE_FAILED", "evidence could not be collected", retry_after=1.0)
             try:
-                for answer, bundle in await self._serve(batch, gpus):
+                served = await self._serve(batch, gpus)
+                lane.callers.add(len(served))
+                for answer, bundle in served:
                     if not answer.done():
                         answer.set_result(bundle)
             except AgentError as error:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import random
 import secrets
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -75,6 +76,9 @@ class GpuSessions:
         recorder: where the result is put on record, before it takes effect.
         rng: for the jitter of re-attestation.
         nonce: makes 32 fresh bytes.
+
+    Attributes:
+        attestations: how many ended ``trusted`` or ``refused``.
     """
 
     def __init__(
@@ -107,6 +111,8 @@ class GpuSessions:
         self._began = -_LONGEST_WAIT
         self._due = -_LONGEST_WAIT
         self._failures = 0
+        self.attestations: Counter[str] = Counter()
+        self._trusted_at: float | None = None
         self._ticked = clock.monotonic()
         self._recorded = False
         self._unrecorded: Reason | None = None
@@ -143,6 +149,11 @@ class GpuSessions:
             why = session.reason or self.state.why
             raise Unavailable("GPU_NOT_TRUSTED", f"the GPU is not trusted now: {why.slug}", retry_after=2.0)
         return verdict
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since all GPUs were last attested with success."""
+        return None if self._trusted_at is None else self._clock.monotonic() - self._trusted_at
 
     def problems(self) -> list[Reason]:
         """What an operator should look at."""
@@ -356,8 +367,11 @@ class GpuSessions:
     def _ended(self, _task: asyncio.Task[None]) -> None:
         self._running = None
         now = self._clock.monotonic()
-        if self.state.gate == "open":
+        trusted = self.state.gate == "open"
+        self.attestations["trusted" if trusted else "refused"] += 1
+        if trusted:
             self._failures = 0
+            self._trusted_at = now
             self._due = now + self._rules.reattest_seconds * self._rng.uniform(0.5, 0.8)
         else:
             self._failures += 1

@@ -7,6 +7,7 @@ GPU that was lost meanwhile, a policy that was reloaded, ends the release.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -18,7 +19,7 @@ from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import NO_GPU, Action, Decision, GpuName, Key
 from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.wrap import load_recipient, wrap
-from cgpu_agent.errors import Denied, HostileInput, Misuse, Unavailable
+from cgpu_agent.errors import AgentError, Denied, HostileInput, Misuse, Unavailable
 from cgpu_agent.wire.delivery import DeliveryContext
 from cgpu_agent.wire.sealed import KEY_SIZE, ObjectName
 from cgpu_agent.wire.statement import KeyRelease
@@ -79,6 +80,10 @@ class Release:
         audit: the log; ``None`` where none can be kept: then nothing is released.
         machine: what a broker may have shown.
         rate: how often a caller may ask.
+
+    Attributes:
+        outcomes: how often a key was ``released`` or ``refused``, by (broker, outcome); the broker is ``none`` where
+            there is no such key.
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class Release:
         self._machine = machine
         self._rate = rate
         self._clock = clock
+        self.outcomes: Counter[tuple[str, str]] = Counter()
 
     def offers(self, caller: Caller) -> list[tuple[Key, bool, bool, bool]]:
         """The keys that this caller may use now: each, whether wrapped, in plain, and to have objects opened.
@@ -204,6 +210,26 @@ class Release:
         how: Mapping[str, object],
         begin: Begin,
         gpu: GpuName = NO_GPU,
+    ) -> _Released:
+        spec = self._keys.get(name)
+        broker = "none" if spec is None else spec.key.broker
+        try:
+            released = await self._let_go(caller, action, name, digest, how, begin, gpu)
+        except AgentError:
+            self.outcomes[broker, "refused"] += 1
+            raise
+        self.outcomes[broker, "released"] += 1
+        return released
+
+    async def _let_go(
+        self,
+        caller: Caller,
+        action: Action,
+        name: str,
+        digest: bytes | None,
+        how: Mapping[str, object],
+        begin: Begin,
+        gpu: GpuName,
     ) -> _Released:
         """What every release goes through. When it returns nothing has changed, and from then on nothing may wait."""
         spec, decision = self._permitted(caller, action, name, gpu)

@@ -39,6 +39,9 @@ class RoundRobin(Generic[T]):
     def __bool__(self) -> bool:
         return bool(self._queues)
 
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
     def waiting(self, owner: Hashable) -> int:
         """Entries of one owner."""
         return len(self._queues.get(owner, ()))
@@ -68,6 +71,11 @@ class Turns:
         self._waiting_each = waiting_each
         self._running = 0
         self._queue: RoundRobin[asyncio.Future[None]] = RoundRobin()
+
+    @property
+    def waiting(self) -> int:
+        """Jobs of all owners that wait."""
+        return len(self._queue)
 
     @contextlib.asynccontextmanager
     async def turn(self, owner: Hashable) -> AsyncIterator[None]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import secrets
+import time
 import traceback
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -23,10 +24,12 @@ from cgpu_agent.domain.quota import InFlight
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, Unavailable
 from cgpu_agent.rpc.abort import abort, code_of
 from cgpu_agent.rpc.methods import BY_KEY
+from cgpu_agent.wire.metrics import Histogram
 
 MAX_SECONDS = 120.0
 _LOG_LINES_PER_WINDOW = 20
 _LOG_WINDOW_SECONDS = 10.0
+_CALL_SECONDS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, MAX_SECONDS)
 
 log = structlog.get_logger()
 
@@ -131,6 +134,10 @@ class Gate(grpc.aio.ServerInterceptor):
         self._throttle = LogThrottle()
         self.calls: Counter[tuple[str, str]] = Counter()
         """Calls ended so far, by (method, gRPC code name)."""
+        self.seconds: dict[str, Histogram] = {}
+        """How long they took, by method."""
+        self.refusals: Counter[str] = Counter()
+        """Those that ended in an error, by its slug."""
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
@@ -200,6 +207,7 @@ class Gate(grpc.aio.ServerInterceptor):
     async def _passage(self, method: str, context: Any) -> AsyncIterator[Connection]:
         """Around a handler: let nobody in who may not, hold a slot, and let no unknown error out."""
         caller: Caller | None = None
+        begun = time.monotonic()
         code = grpc.StatusCode.CANCELLED
         ended: Callable[[str], None] | None = None
 
@@ -224,6 +232,7 @@ class Gate(grpc.aio.ServerInterceptor):
             code = grpc.StatusCode.OK
         except AgentError as error:
             code = code_of(error)
+            self.refusals[error.slug] += 1
             self._report(method, caller, error)
             await abort(context, error)
         except grpc.aio.AbortError:
@@ -231,6 +240,7 @@ class Gate(grpc.aio.ServerInterceptor):
             raise
         except Exception as error:  # noqa: BLE001 - the text of an unknown exception must not reach the client
             code = grpc.StatusCode.INTERNAL
+            self.refusals["INTERNAL"] += 1
             incident = secrets.token_hex(4)
             frames = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
             log.error("call failed", method=method, incident=incident, error=type(error).__name__, frames=frames)
@@ -239,6 +249,7 @@ class Gate(grpc.aio.ServerInterceptor):
             )
         finally:
             self.calls[method, code.name] += 1
+            self.seconds.setdefault(method, Histogram(_CALL_SECONDS)).add(time.monotonic() - begun)
             if ended is not None:
                 ended(code.name)
 

@@ -49,7 +49,13 @@ WITHIN_CHANNEL = frozenset(
 """Methods that do nothing but for whoever has a channel, which is on record."""
 
 _SEALED = "/cgpu.agent.v1.SealedKeys/"
-OPERATOR = frozenset(_SEALED + name for name in ("Create", "Adopt", "Add", "Rotate", "Remove", "RaiseEpoch"))
+_ADMIN = "/cgpu.agent.v1.Admin/"
+OPERATOR = frozenset(
+    {
+        _ADMIN + "SetLogLevel",
+        *(_SEALED + name for name in ("Create", "Adopt", "Add", "Rotate", "Remove", "RaiseEpoch")),
+    }
+)
 """Methods of the admin socket that change something."""
 
 _ABOUT_THE_SERVER = ("/grpc.health.v1.Health/", "/grpc.reflection.v1alpha.ServerReflection/")
@@ -82,7 +88,7 @@ def admin_authorizer(own_uid: int) -> Callable[[Caller, str], Decision]:
         outside = caller.cgroup is not None and caller.container is None
         root = caller.uid == 0 and (outside or caller.identity_strength == "pid")
         operator = caller.uid == own_uid or root
-        known = method.startswith(("/cgpu.agent.v1.Admin/", _SEALED, *_ABOUT_THE_SERVER))
+        known = method.startswith((_ADMIN, _SEALED, *_ABOUT_THE_SERVER))
         return Decision(operator and known, (), "for the operator alone")
 
     return authorize

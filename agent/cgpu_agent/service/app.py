@@ -27,10 +27,11 @@ from cgpu_agent.service.issuer import issue
 from cgpu_agent.service.judge import Refusal
 from cgpu_agent.service.log import event
 from cgpu_agent.service.material import Material
-from cgpu_agent.service.metrics import CONTENT_TYPE, Metrics
+from cgpu_agent.service.metrics import Metrics
 from cgpu_agent.wire import strictjson
 from cgpu_agent.wire.bundle import MAX_CERTIFICATE
 from cgpu_agent.wire.der import trim_der
+from cgpu_agent.wire.metrics import CONTENT_TYPE
 from cgpu_agent.wire.strictjson import Fields, b64
 
 R = TypeVar("R")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ EVERYTHING: dict[str, Any] = {
     "runtime_dir": "/run/x/private",
     "state_dir": "/var/lib/x",
     "policy": "/etc/x/policy.cedar",
-    "sockets": {"api": "/run/x/a.sock", "admin": "/run/x/b.sock", "lease": "/run/x/c.sock"},
+    "sockets": {
+        "api": "/run/x/a.sock",
+        "admin": "/run/x/b.sock",
+        "lease": "/run/x/c.sock",
+        "metrics": "/run/x/d.sock",
+    },
     "tpm": {
         "device": "swtpm:/run/x/tpm",
         "platform_ak_handle": 0x81010001,
@@ -187,6 +193,7 @@ def test_unknown_key_of_a_table_is_named_with_its_table(table: str) -> None:
         ("sockets", "api", ["", "agent.sock", 3, "/a\0b"]),
         ("sockets", "admin", ["", "agent.sock", 3.5]),
         ("sockets", "lease", ["", "lease.sock", 3.5]),
+        ("sockets", "metrics", ["", "metrics.sock", "None", 3.5]),
         ("tpm", "device", ["", "/dev/tpmrm0", "device:/dev/tpm0", "device:tpmrm0", "tcp:host", 1, "swtpm:/a\0"]),
         ("tpm", "platform_ak_handle", [0x80000000, 0x82000000, -1, 1 << 40, "0x81000003", True, 1.0]),
         ("tpm", "create_platform_ak", ["", "yes", True, ["rsa"]]),
@@ -212,7 +219,7 @@ def test_bad_value_is_refused_and_its_key_named(table: str, key: str, values: li
 
 
 def test_sockets_of_workloads_and_operators_must_differ() -> None:
-    for pair in (("api", "admin"), ("api", "lease"), ("admin", "lease")):
+    for pair in itertools.combinations(("api", "admin", "lease", "metrics"), 2):
         assert "differ" in refusal({"sockets": dict.fromkeys(pair, "/run/a")})
 
 

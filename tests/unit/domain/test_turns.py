@@ -53,8 +53,10 @@ def test_refuses_more_waiting_jobs_of_one_caller_than_allowed_and_of_no_other() 
         assert caught.value.slug == "TOO_MANY_CALLS"
         other = asyncio.create_task(job("b"))
         await asyncio.sleep(0)
+        assert turns.waiting == 3
         hold.set()
         await asyncio.gather(*tasks, other)
+        assert turns.waiting == 0
 
     asyncio.run(scenario())
 

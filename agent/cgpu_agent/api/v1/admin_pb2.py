@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63gpu_agent/api/v1/admin.proto\x12\rcgpu.agent.v1\"\x12\n\x10GetStatusRequest\"\xe9\x02\n\x11GetStatusResponse\x12#\n\x05state\x18\x01 \x01(\x0e\x32\x14.cgpu.agent.v1.State\x12\x13\n\x0bstatus_line\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x04 \x01(\x01\x12(\n\x08problems\x18\x05 \x03(\x0b\x32\x16.cgpu.agent.v1.Problem\x12%\n\x03tpm\x18\x06 \x01(\x0b\x32\x18.cgpu.agent.v1.TpmStatus\x12\'\n\x04\x64oor\x18\x07 \x01(\x0b\x32\x19.cgpu.agent.v1.DoorStatus\x12)\n\x05\x63\x61lls\x18\x08 \x03(\x0b\x32\x1a.cgpu.agent.v1.MethodCount\x12\x19\n\x11identity_strength\x18\t \x01(\t\x12\x19\n\x11\x61gent_log_records\x18\n \x01(\x04\x12\x16\n\x0e\x61gent_register\x18\x0b \x01(\r\":\n\x07Problem\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06remedy\x18\x03 \x01(\t\"\xb6\x01\n\tTpmStatus\x12\x14\n\x0cmanufacturer\x18\x01 \x01(\t\x12\x13\n\x0breset_count\x18\x02 \x01(\r\x12\x15\n\rrestart_count\x18\x03 \x01(\r\x12\x18\n\x10platform_ak_name\x18\x04 \x01(\t\x12\x15\n\ragent_ak_name\x18\x05 \x01(\t\x12\x1f\n\x17platform_ak_endorsement\x18\x06 \x01(\t\x12\x15\n\revidence_pcrs\x18\x07 \x03(\r\"n\n\nDoorStatus\x12\x0c\n\x04open\x18\x01 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x04\x12\x18\n\x10refused_by_limit\x18\x03 \x01(\x04\x12\x10\n\x08\x63ut_dead\x18\x04 \x01(\x04\x12\x14\n\x0cunidentified\x18\x05 \x01(\x04\":\n\x0bMethodCount\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04*\x81\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x11\n\rSTATE_SERVING\x10\x02\x12\x12\n\x0eSTATE_DEGRADED\x10\x03\x12\x12\n\x0eSTATE_REFUSING\x10\x04\x12\x12\n\x0eSTATE_STOPPING\x10\x05\x32W\n\x05\x41\x64min\x12N\n\tGetStatus\x12\x1f.cgpu.agent.v1.GetStatusRequest\x1a .cgpu.agent.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63gpu_agent/api/v1/admin.proto\x12\rcgpu.agent.v1\"\x12\n\x10GetStatusRequest\"\xe9\x02\n\x11GetStatusResponse\x12#\n\x05state\x18\x01 \x01(\x0e\x32\x14.cgpu.agent.v1.State\x12\x13\n\x0bstatus_line\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x04 \x01(\x01\x12(\n\x08problems\x18\x05 \x03(\x0b\x32\x16.cgpu.agent.v1.Problem\x12%\n\x03tpm\x18\x06 \x01(\x0b\x32\x18.cgpu.agent.v1.TpmStatus\x12\'\n\x04\x64oor\x18\x07 \x01(\x0b\x32\x19.cgpu.agent.v1.DoorStatus\x12)\n\x05\x63\x61lls\x18\x08 \x03(\x0b\x32\x1a.cgpu.agent.v1.MethodCount\x12\x19\n\x11identity_strength\x18\t \x01(\t\x12\x19\n\x11\x61gent_log_records\x18\n \x01(\x04\x12\x16\n\x0e\x61gent_register\x18\x0b \x01(\r\":\n\x07Problem\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06remedy\x18\x03 \x01(\t\"\xb6\x01\n\tTpmStatus\x12\x14\n\x0cmanufacturer\x18\x01 \x01(\t\x12\x13\n\x0breset_count\x18\x02 \x01(\r\x12\x15\n\rrestart_count\x18\x03 \x01(\r\x12\x18\n\x10platform_ak_name\x18\x04 \x01(\t\x12\x15\n\ragent_ak_name\x18\x05 \x01(\t\x12\x1f\n\x17platform_ak_endorsement\x18\x06 \x01(\t\x12\x15\n\revidence_pcrs\x18\x07 \x03(\r\"n\n\nDoorStatus\x12\x0c\n\x04open\x18\x01 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x04\x12\x18\n\x10refused_by_limit\x18\x03 \x01(\x04\x12\x10\n\x08\x63ut_dead\x18\x04 \x01(\x04\x12\x14\n\x0cunidentified\x18\x05 \x01(\x04\":\n\x0bMethodCount\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\x13\n\x11GetMetricsRequest\"\"\n\x12GetMetricsResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x14\n\x12GetLogLevelRequest\"8\n\x13GetLogLevelResponse\x12\r\n\x05level\x18\x01 \x01(\t\x12\x12\n\nconfigured\x18\x02 \x01(\t\"#\n\x12SetLogLevelRequest\x12\r\n\x05level\x18\x01 \x01(\t\"\x15\n\x13SetLogLevelResponse*\x81\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x11\n\rSTATE_SERVING\x10\x02\x12\x12\n\x0eSTATE_DEGRADED\x10\x03\x12\x12\n\x0eSTATE_REFUSING\x10\x04\x12\x12\n\x0eSTATE_STOPPING\x10\x05\x32\xd6\x02\n\x05\x41\x64min\x12N\n\tGetStatus\x12\x1f.cgpu.agent.v1.GetStatusRequest\x1a .cgpu.agent.v1.GetStatusResponse\x12Q\n\nGetMetrics\x12 .cgpu.agent.v1.GetMetricsRequest\x1a!.cgpu.agent.v1.GetMetricsResponse\x12T\n\x0bGetLogLevel\x12!.cgpu.agent.v1.GetLogLevelRequest\x1a\".cgpu.agent.v1.GetLogLevelResponse\x12T\n\x0bSetLogLevel\x12!.cgpu.agent.v1.SetLogLevelRequest\x1a\".cgpu.agent.v1.SetLogLevelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cgpu_agent.api.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STATE']._serialized_start=850
-  _globals['_STATE']._serialized_end=979
+  _globals['_STATE']._serialized_start=1047
+  _globals['_STATE']._serialized_end=1176
   _globals['_GETSTATUSREQUEST']._serialized_start=48
   _globals['_GETSTATUSREQUEST']._serialized_end=66
   _globals['_GETSTATUSRESPONSE']._serialized_start=69
@@ -45,6 +45,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DOORSTATUS']._serialized_end=787
   _globals['_METHODCOUNT']._serialized_start=789
   _globals['_METHODCOUNT']._serialized_end=847
-  _globals['_ADMIN']._serialized_start=981
-  _globals['_ADMIN']._serialized_end=1068
+  _globals['_GETMETRICSREQUEST']._serialized_start=849
+  _globals['_GETMETRICSREQUEST']._serialized_end=868
+  _globals['_GETMETRICSRESPONSE']._serialized_start=870
+  _globals['_GETMETRICSRESPONSE']._serialized_end=904
+  _globals['_GETLOGLEVELREQUEST']._serialized_start=906
+  _globals['_GETLOGLEVELREQUEST']._serialized_end=926
+  _globals['_GETLOGLEVELRESPONSE']._serialized_start=928
+  _globals['_GETLOGLEVELRESPONSE']._serialized_end=984
+  _globals['_SETLOGLEVELREQUEST']._serialized_start=986
+  _globals['_SETLOGLEVELREQUEST']._serialized_end=1021
+  _globals['_SETLOGLEVELRESPONSE']._serialized_start=1023
+  _globals['_SETLOGLEVELRESPONSE']._serialized_end=1044
+  _globals['_ADMIN']._serialized_start=1179
+  _globals['_ADMIN']._serialized_end=1521
 # @@protoc_insertion_point(module_scope)

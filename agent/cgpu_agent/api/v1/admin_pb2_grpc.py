@@ -39,6 +39,21 @@ class AdminStub(object):
                 request_serializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.GetMetrics = channel.unary_unary(
+                '/cgpu.agent.v1.Admin/GetMetrics',
+                request_serializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetMetricsRequest.SerializeToString,
+                response_deserializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetMetricsResponse.FromString,
+                _registered_method=True)
+        self.GetLogLevel = channel.unary_unary(
+                '/cgpu.agent.v1.Admin/GetLogLevel',
+                request_serializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetLogLevelRequest.SerializeToString,
+                response_deserializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetLogLevelResponse.FromString,
+                _registered_method=True)
+        self.SetLogLevel = channel.unary_unary(
+                '/cgpu.agent.v1.Admin/SetLogLevel',
+                request_serializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.SetLogLevelRequest.SerializeToString,
+                response_deserializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.SetLogLevelResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -51,6 +66,26 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetMetrics(self, request, context):
+        """The agent's numbers, in Prometheus' text format 0.0.4.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLogLevel(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetLogLevel(self, request, context):
+        """How much goes to the journal from now on, until the next reload or start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +93,21 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetStatusRequest.FromString,
                     response_serializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'GetMetrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMetrics,
+                    request_deserializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetMetricsRequest.FromString,
+                    response_serializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetMetricsResponse.SerializeToString,
+            ),
+            'GetLogLevel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLogLevel,
+                    request_deserializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetLogLevelRequest.FromString,
+                    response_serializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetLogLevelResponse.SerializeToString,
+            ),
+            'SetLogLevel': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLogLevel,
+                    request_deserializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.SetLogLevelRequest.FromString,
+                    response_serializer=cgpu__agent_dot_api_dot_v1_dot_admin__pb2.SetLogLevelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +137,87 @@ class Admin(object):
             '/cgpu.agent.v1.Admin/GetStatus',
             cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
             cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMetrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cgpu.agent.v1.Admin/GetMetrics',
+            cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetMetricsRequest.SerializeToString,
+            cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetMetricsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLogLevel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cgpu.agent.v1.Admin/GetLogLevel',
+            cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetLogLevelRequest.SerializeToString,
+            cgpu__agent_dot_api_dot_v1_dot_admin__pb2.GetLogLevelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLogLevel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cgpu.agent.v1.Admin/SetLogLevel',
+            cgpu__agent_dot_api_dot_v1_dot_admin__pb2.SetLogLevelRequest.SerializeToString,
+            cgpu__agent_dot_api_dot_v1_dot_admin__pb2.SetLogLevelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -12,13 +12,15 @@ from typing import Any, Final, TypeVar
 
 from cgpu_agent.backends.base import TpmCommands
 from cgpu_agent.backends.tpm.commands import Commands
-from cgpu_agent.backends.tpm.transport import Transport, timed_out
+from cgpu_agent.backends.tpm.transport import Metered, Transport, timed_out
 from cgpu_agent.backends.worker import Faults, Job, Worker
 from cgpu_agent.errors import DeviceFault, Unavailable
+from cgpu_agent.wire.metrics import Histogram
 
 T = TypeVar("T")
 
 _IDLE_BEAT: Final = 1.0
+_COMMAND_SECONDS: Final = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)
 
 
 class TpmOwner:
@@ -29,6 +31,9 @@ class TpmOwner:
             fails the job that needed it, and the next job tries again.
         command_timeout: seconds for one TPM command, at most; a job's own deadline may be shorter.
         queue_limit: jobs that may wait.
+
+    Attributes:
+        seconds: of each command that was sent, answered or not.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class TpmOwner:
         self._open_transport: Final = open_transport
         self._command_timeout: Final = command_timeout
         self._commands: Commands | None = None
+        self.seconds: Final = Histogram(_COMMAND_SECONDS)
         self._worker: Final = Worker(
             "tpm-owner", self._perform, self._discard, _FAULTS, idle_beat=_IDLE_BEAT, queue_limit=queue_limit
         )
@@ -51,6 +57,11 @@ class TpmOwner:
 
     def heartbeat_age(self, now: float) -> float:
         return self._worker.heartbeat_age(now)
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue."""
+        return self._worker.waiting
 
     def close(self) -> None:
         self._worker.close()
@@ -81,9 +92,8 @@ class TpmOwner:
 
     def _opened(self, deadline: float) -> Commands:
         if self._commands is None:
-            self._commands = Commands(
-                self._open_transport(), command_timeout=self._command_timeout, deadline=deadline
-            )
+            transport = Metered(self._open_transport(), self.seconds)
+            self._commands = Commands(transport, command_timeout=self._command_timeout, deadline=deadline)
         self._commands.set_deadline(deadline)
         return self._commands
 

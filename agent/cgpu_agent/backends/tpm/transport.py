@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from cgpu_agent.errors import DeviceFault, Misuse
+from cgpu_agent.wire.metrics import Histogram
 
 HEADER_SIZE: Final = 10
 MAX_FRAME: Final = 4096
@@ -42,6 +43,28 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Free the stream. Idempotent."""
+
+
+class Metered:
+    """A transport whose exchanges are counted by the time they took."""
+
+    def __init__(self, inner: Transport, seconds: Histogram) -> None:
+        self._inner: Final = inner
+        self._seconds: Final = seconds
+
+    @property
+    def exclusive(self) -> bool:
+        return self._inner.exclusive
+
+    def transact(self, command: bytes, deadline: float) -> bytes:
+        begun = time.monotonic()
+        try:
+            return self._inner.transact(command, deadline)
+        finally:
+            self._seconds.add(time.monotonic() - begun)
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 class UnixPerCommand:
