@@ -106,14 +106,14 @@ class GpuChannel:
 
     async def free(self, handle: int) -> Allocation:
         """Raises ``Misuse`` (``NO_ALLOCATION``) and as ``DeviceMemory``."""
+        self.require_open()
         room = self.room(handle)
         del self.allocations[handle]  # before: nothing more is to be queued for it
         await self._asked(self._memory.free(handle, timeout=ASK_SECONDS))
         return room
 
     def room(self, handle: int) -> Allocation:
-        """An allocation. Raises ``Misuse`` (``NO_ALLOCATION``), and as ``require_open``."""
-        self.require_open()
+        """An allocation. Raises ``Misuse`` (``NO_ALLOCATION``)."""
         if handle not in self.allocations:
             raise Misuse("NO_ALLOCATION", "there is no such allocation in device memory")
         return self.allocations[handle]

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Final
 
 from cgpu_agent.backends.base import Clock, DeviceChannel, TransferGpus
+from cgpu_agent.backends.workmemory import WorkMemory
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.channel import ASK_SECONDS, GpuChannel
 from cgpu_agent.domain.gpus import GpuSessions
@@ -23,11 +24,14 @@ from cgpu_agent.domain.gpustate import Reason, Verdict
 from cgpu_agent.domain.leases import Leases, Process
 from cgpu_agent.domain.policy import GpuName
 from cgpu_agent.domain.quota import Budget
+from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.transfers import Copy, Progress, Transfer, require_readable, told
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, Misuse, Unavailable
 from cgpu_agent.transfer.engine import Engine
 
 MAX_COPIES: Final = 1024
+OPENS_PER_MINUTE: Final = 120
+"""Of one uid."""
 WATCH_SECONDS: Final = 0.2
 """Between two messages of a watch, while something moves."""
 WAIT_SECONDS: Final = 60.0
@@ -92,6 +96,8 @@ class Channels:
         self._records: dict[bytes, int] = {}
         self._ending: dict[bytes, asyncio.Task[None]] = {}
         each = limits.channels_per_uid
+        many = "too many channels were opened; wait a little"
+        self._rate = Rate(clock, OPENS_PER_MINUTE, "TRANSFER_CHANNELS", many)  # each is four records, on disk
         self._open = Budget(
             each, "TRANSFER_CHANNELS", f"you have {each} channels; close one (limits.channels_per_uid)"
         )
@@ -134,6 +140,7 @@ class Channels:
             raise Denied("LEASE_IDENTITY", "this kernel has no SO_PEERPIDFD, without which a channel is nobody's")
         verdict, epoch = self._sessions.trusted(uuid), self._epoch()
         uid, gpu = process.caller.uid, GpuName(uuid, verdict.identity)
+        self._rate.take(uid)
         async with contextlib.AsyncExitStack() as stack:
             self._open.take(uid, 1)
             stack.callback(self._open.give, uid, 1)
@@ -213,6 +220,7 @@ class Channels:
     async def free(self, process: Process, name: bytes, handle: int) -> None:
         """Raises ``Misuse`` (``NO_ALLOCATION``)."""
         channel = self.of(process, name)
+        channel.require_open()
         room = channel.room(handle)
         try:
             await channel.free(handle)
@@ -233,7 +241,8 @@ class Channels:
         channel.require_open()
         if not 1 <= len(ranges) <= MAX_COPIES:
             raise Misuse("BAD_COPY", f"a transfer is 1 to {MAX_COPIES} copies")
-        copies = [self._copy(channel, process, each) for each in ranges]
+        leases = {name: self._leases.work(name, process) for name in {each.lease for each in ranges}}
+        copies = [_copy(channel, leases[each.lease], each) for each in ranges]
         uid = channel.owner.caller.uid
         self._queued.take(uid, 1)
         try:
@@ -241,19 +250,6 @@ class Channels:
         except BaseException:
             self._queued.give(uid, 1)
             raise
-
-    def _copy(self, channel: GpuChannel, process: Process, asked: Range) -> Copy:
-        room = channel.room(asked.handle)
-        memory = self._leases.work(asked.lease, process)
-        if asked.size < 1:
-            raise Misuse("BAD_COPY", "there is nothing to copy")
-        if asked.offset + asked.size > room.size:
-            raise Misuse("DEVICE_RANGE", "the range is not within the allocation")
-        if asked.start + asked.size > memory.size:
-            raise Misuse("LEASE_RANGE", "the range is not within the memory on lease")
-        if not asked.to_device:
-            require_readable(room)
-        return Copy(asked.to_device, memory, asked.start, room, asked.offset, asked.size)
 
     async def synchronize(self, process: Process, name: bytes, ticket: int, seconds: float) -> Progress:
         """Wait until a transfer is over, or for so long. Raises why it failed; ``Misuse`` (``NO_TRANSFER``)."""
@@ -350,3 +346,17 @@ class Channels:
                     "transfers": tally.transfers,
                 },
             )
+
+
+def _copy(channel: GpuChannel, memory: WorkMemory, asked: Range) -> Copy:
+    """See ``Channels.submit``."""
+    room = channel.room(asked.handle)
+    if asked.size < 1:
+        raise Misuse("BAD_COPY", "there is nothing to copy")
+    if asked.offset + asked.size > room.size:
+        raise Misuse("DEVICE_RANGE", "the range is not within the allocation")
+    if asked.start + asked.size > memory.size:
+        raise Misuse("LEASE_RANGE", "the range is not within the memory on lease")
+    if not asked.to_device:
+        require_readable(room)
+    return Copy(asked.to_device, memory, asked.start, room, asked.offset, asked.size)

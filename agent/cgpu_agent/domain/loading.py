@@ -108,6 +108,7 @@ class Loading:
         """
         require_segment_size(segment_size)
         target = self._channels.of(process, channel)
+        target.require_open()
         room = target.room(handle)
         # Slot and lease are given back when the thread has ended, and nothing can touch either any more.
         stack = contextlib.ExitStack()

@@ -160,6 +160,18 @@ def test_every_limit_holds_and_what_ended_counts_no_more(gpus: GpuProcess) -> No
     running(gpus, scenario, limits=ChannelLimits(8, 2, 4, 4 * MIB))
 
 
+def test_a_caller_opens_only_so_many_channels_a_minute(gpus: GpuProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cgpu_agent.domain.channels.OPENS_PER_MINUTE", 2)
+
+    async def scenario(ground: Ground) -> None:
+        for _ in range(2):
+            await ground.channels.close(ground.me, (await ground.open()).id)
+        assert await slug(ground.open()) == "TRANSFER_CHANNELS"
+        assert len(ground.events("channel")) == 2
+
+    running(gpus, scenario)
+
+
 def test_one_channel_takes_only_so_many_transfers(gpus: GpuProcess) -> None:
     async def scenario(ground: Ground) -> None:
         channel, work = await ground.open(), await ground.lease(4096)
