@@ -99,19 +99,9 @@ class Sealer:
         cipher, epoch, counter = self._keys.next()
         length = len(plain)
         head = encode_header(
-            kind,
-            direction,
-            detail,
-            epoch,
-            name.channel,
-            name.session,
-            transfer,
-            counter,
-            offset,
-            left,
-            length,
-            handle,
-        )
+            kind, direction, detail, epoch, name.channel, name.session, transfer, counter, offset, left,
+            length, handle,
+        )  # fmt: skip
         self._header[:] = head
         size = HEADER_SIZE + length + TAG_SIZE
         sealed = self.staging.view[HEADER_SIZE:size]
@@ -192,19 +182,9 @@ class Opener:
         cipher, epoch, counter = self._keys.next()
         name = self._name
         head = encode_header(
-            kind,
-            self._direction,
-            0,
-            epoch,
-            name.channel,
-            name.session,
-            transfer,
-            counter,
-            offset,
-            left,
-            length,
-            handle,
-        )
+            kind, self._direction, 0, epoch, name.channel, name.session, transfer, counter, offset, left,
+            length, handle,
+        )  # fmt: skip
         self._take(counter, 0, HEADER_SIZE + length + TAG_SIZE)
         if bytes(self._header) != head:
             raise HostileInput("BAD_TRANSFER", "a slot does not go on where the one before it ended")

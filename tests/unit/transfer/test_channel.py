@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from cgpu_agent.transfer.channel import Channel
 from cgpu_agent.transfer.engine import MAX_WAITING, Engine
 from cgpu_agent.transfer.ring import make_ring
 from cgpu_agent.wire.transfer import MAX_PACKED, SLOT_SIZE
+from fixtures import soak
 from fixtures.softwaregpu import PATIENCE, GpuProcess, running_gpus
 from fixtures.transfer import Host, Session, await_rings, descriptors, rings_of, session
 
@@ -413,3 +415,10 @@ def test_a_door_that_is_not_there(process: GpuProcess, site: Session) -> None:
     with pytest.raises(DeviceFault, match="GPU_DRIVER"):
         site.channel()
     assert (descriptors(), rings_of(os.getpid())) == before
+
+
+def test_moves_of_any_size_over_two_channels_at_a_time(process: GpuProcess) -> None:
+    """A short cycle of ``make soak``, which compares all that comes back."""
+    rng = random.Random(1)
+    assert soak.cycle(process, memoryview(rng.randbytes(1 << 20) * (soak.ROOM >> 20)), rng, 5) > soak.ROOM
+    await_rings(process.pid, 0)

@@ -124,23 +124,16 @@ class Peer:
         if isinstance(place, Allocation):
             copy(place.address + found.offset, opener.address, found.length)
         guard = contextlib.nullcontext() if isinstance(place, Refusal) else place.guard
-        offset, left = found.offset + found.length, found.left - found.length
+        transfer, offset, left = found.transfer, found.offset + found.length, found.left - found.length
         while left:
             size = min(left, SLOT_SIZE)
             into = None if isinstance(place, Refusal) else place.view[offset : offset + size]
             opener.expect(
-                Kind.WRITE,
-                found.transfer,
-                size,
-                handle=found.handle,
-                offset=offset,
-                left=left,
-                into=into,
-                guard=guard,
+                Kind.WRITE, transfer, size, handle=found.handle, offset=offset, left=left, into=into, guard=guard
             )
             offset += size
             left -= size
-        self._answer(place, found.transfer)
+        self._answer(place, transfer)
 
     def _packed(self, found: SlotHeader) -> None:
         opener = self._duplex.opener
