@@ -1,6 +1,6 @@
 # "make help" lists every target; the two that matter are "make demo" and "make test".
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench campaign kills hostile-host install install-vm install-verifier uninstall deb dist clean
+.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench campaign kills hostile-host install install-vm install-verifier uninstall deb test-systemd dist clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -51,6 +51,10 @@ fmt: dev ## format the code
 
 generate: ## generate the gRPC stubs from protos/
 	sh packaging/generate.sh
+
+test-systemd: dev deb ## the package installed, and its units at work, under a real systemd in a container (root)
+	@PYTHON=/usr/bin/python3 sh packaging/bootstrap.sh systemd
+	$(BIN)/python -m pytest --timeout 0 tests/systemd
 
 bench: dev ## measure; ratios on the terminal, numbers in build/bench.json
 	$(BIN)/python tests/bench/bench.py
