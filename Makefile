@@ -1,6 +1,6 @@
 # "make help" lists every target; the two that matter are "make demo" and "make test".
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench transfer-sweep campaign kills hostile-host soak install uninstall dist clean
+.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench transfer-sweep campaign kills hostile-host soak install install-vm install-verifier uninstall deb test-systemd dist clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -33,7 +33,7 @@ dev: ## install what tests and gates need (Debian packages, .venv)
 lint: dev ## style: ruff, shellcheck
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	shellcheck packaging/*.sh packaging/demo/*.sh .ci/run
+	shellcheck packaging/*.sh packaging/demo/*.sh packaging/deb/*.sh packaging/deb/postinst packaging/deb/prerm packaging/deb/postrm .ci/run
 
 types: dev ## mypy --strict
 	$(BIN)/mypy
@@ -54,6 +54,10 @@ fmt: dev ## format the code
 generate: ## generate the gRPC stubs from protos/
 	sh packaging/generate.sh
 
+test-systemd: dev deb ## the package installed, and its units at work, under a real systemd in a container (root)
+	@PYTHON=/usr/bin/python3 sh packaging/bootstrap.sh systemd
+	$(BIN)/python -m pytest --timeout 0 tests/systemd
+
 bench: dev ## measure; ratios on the terminal, numbers in build/bench.json
 	$(BIN)/python tests/bench/bench.py
 
@@ -73,7 +77,9 @@ hostile-host: dev ## 100,000 interferences with encrypted transfers (N=n), none 
 soak: dev ## up to 1 TiB of transfers in at most 600 seconds, after which memory must be what it was (TIB=n, SECONDS=n)
 	cd tests && ../$(BIN)/python -m fixtures.soak --tib $(TIB) --seconds $(SECONDS)
 
-install: ## install units, configuration, policy and man pages (DESTDIR, PREFIX); the package itself by pip
+install: install-vm install-verifier ## install units, configuration, policy and man pages (DESTDIR, PREFIX); the package itself by pip
+
+install-vm: ## what of this is for a VM
 	install -d $(DESTDIR)$(PREFIX)/lib/systemd/system/cgpu-agent.service.d $(DESTDIR)$(PREFIX)/lib/systemd/system/dev-tpmrm0.device.d
 	install -m 644 systemd/cgpu-agent.service systemd/cgpu-ready.service systemd/cgpu-egress.service systemd/*.socket $(DESTDIR)$(PREFIX)/lib/systemd/system/
 	install -m 644 systemd/cgpu-agent.service.d/*.conf $(DESTDIR)$(PREFIX)/lib/systemd/system/cgpu-agent.service.d/
@@ -88,15 +94,21 @@ install: ## install units, configuration, policy and man pages (DESTDIR, PREFIX)
 	install -D -m 644 docs/man/cgpu-agent.8 $(DESTDIR)$(PREFIX)/share/man/man8/cgpu-agent.8
 	install -D -m 644 docs/man/cgpu-egress.8 $(DESTDIR)$(PREFIX)/share/man/man8/cgpu-egress.8
 	install -D -m 644 docs/man/cgpu-ready.8 $(DESTDIR)$(PREFIX)/share/man/man8/cgpu-ready.8
-	install -m 644 systemd/cgpu-verifier.service $(DESTDIR)$(PREFIX)/lib/systemd/system/
+	install -D -m 644 docs/man/cgpu-agent.toml.5 $(DESTDIR)$(PREFIX)/share/man/man5/cgpu-agent.toml.5
+
+install-verifier: ## what of this is for a relying party
+	install -D -m 644 systemd/cgpu-verifier.service $(DESTDIR)$(PREFIX)/lib/systemd/system/cgpu-verifier.service
 	install -D -m 644 systemd/cgpu-verifier.toml $(DESTDIR)/etc/cgpu-verifier/config.toml
 	install -D -m 644 docs/man/cgpu-verifier.8 $(DESTDIR)$(PREFIX)/share/man/man8/cgpu-verifier.8
-	install -D -m 644 docs/man/cgpu-agent.toml.5 $(DESTDIR)$(PREFIX)/share/man/man5/cgpu-agent.toml.5
 
 uninstall: ## remove what "install" installed, but the configuration
 	rm -rf $(addprefix $(DESTDIR)$(PREFIX)/lib/systemd/system/,cgpu-agent.service cgpu-agent.socket cgpu-agent-admin.socket cgpu-agent-lease.socket cgpu-agent-metrics.socket cgpu-egress.service cgpu-egress.socket cgpu-ready.service cgpu-ready.socket cgpu-verifier.service cgpu-agent.service.d dev-tpmrm0.device.d/50-cgpu-agent.conf nvidia-persistenced.service.d/zz-cgpu-agent.conf)
 	rm -f $(DESTDIR)$(PREFIX)/lib/sysusers.d/cgpu-agent.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/cgpu-agent.conf $(DESTDIR)$(PREFIX)/share/cgpu-agent/policy.cedar
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/share/man/,man1/cgpuctl.1 man8/cgpu-agent.8 man8/cgpu-egress.8 man8/cgpu-ready.8 man8/cgpu-verifier.8 man5/cgpu-agent.toml.5)
+
+deb: ## build the Debian package, dist/*.deb; the same source gives the same bytes
+	@PYTHON=/usr/bin/python3 sh packaging/bootstrap.sh deb
+	sh packaging/deb/build.sh dist
 
 dist: dev ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Bring a machine to the point where the demo ("demo") or all tests and gates ("dev") can run: says what is missing,
-# installs it, makes .venv. Run again at any time: what is there is not touched.
+# Bring a machine to the point where the demo ("demo") or all tests and gates ("dev") can run, the package can be built
+# ("deb") or tested ("systemd"): says what is missing, installs it, makes .venv for the first two. Run again at any time:
+# what is there is not touched.
 set -eu
 cd "$(dirname "$0")/.."
 extra=${1:-demo}
@@ -40,6 +41,13 @@ if [ "$extra" = dev ]; then
     command -v shellcheck >/dev/null 2>&1 || want shellcheck
 fi
 
+case $extra in deb | systemd) command -v dpkg-shlibdeps >/dev/null 2>&1 || want dpkg-dev ;; esac
+if [ "$extra" = systemd ]; then
+    command -v systemd-nspawn >/dev/null 2>&1 || want systemd-container
+    command -v mmdebstrap >/dev/null 2>&1 || want mmdebstrap
+    [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || want debian-archive-keyring
+fi
+
 if [ -n "$need" ]; then
     say "Debian packages to install:$need"
     command -v apt-get >/dev/null 2>&1 || die "this is no Debian or Ubuntu; install the equivalents of:$need"
@@ -55,7 +63,7 @@ else
     say "Debian packages: nothing to install"
 fi
 
-case $extra in dev) set=dev ;; *) set=daemon ;; esac
+case $extra in deb | systemd) exit 0 ;; dev) set=dev ;; *) set=daemon ;; esac
 # The environment is current if it was made from this very pyproject.toml, for this set or the larger one.
 stamp=".venv/stamp-$set-$(cksum <pyproject.toml | tr ' ' '-')"
 larger=".venv/stamp-dev-$(cksum <pyproject.toml | tr ' ' '-')"
