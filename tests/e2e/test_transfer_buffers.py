@@ -173,6 +173,23 @@ def test_everything_that_is_a_buffer_can_be_put_and_what_is_none_is_said_to_be(w
     assert world.daemon.stop() == 0
 
 
+def test_what_failed_halfway_does_not_come_back_in_later_transfers(world: GpuDaemon) -> None:
+    """The agent may still be at one half of the staging when the other is refused: none of it is used again."""
+    world.start(TRANSFER)
+    data = os.urandom(2 * HALF)
+    with world.daemon.client() as agent, agent.channel() as channel:
+        short = channel.allocate(HALF + 1)
+        for _ in range(3):
+            out = bytearray(len(data))
+            with pytest.raises(Misuse) as refused:
+                channel.get(short, out)
+            assert refused.value.slug == "DEVICE_RANGE"
+            assert channel._plans._staging == []
+            channel.get(channel.put(data), out)
+            assert out == data
+    assert world.daemon.stop() == 0
+
+
 def test_what_lies_in_a_buffer_of_the_channel_is_not_copied(world: GpuDaemon) -> None:
     world.start(TRANSFER)
     with world.daemon.client() as agent, agent.channel() as channel:

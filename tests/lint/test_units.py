@@ -12,6 +12,7 @@ import pytest
 
 from cgpu_agent.daemon.__main__ import EXIT_CONFIG
 from cgpu_agent.daemon.config import Config
+from cgpu_agent.domain.loading import LOADS, PIECE
 from cgpu_agent.ready.__main__ import USER
 from cgpu_agent.ready.identity import UNIT
 from cgpu_agent.wire.ready import SOCKET
@@ -192,7 +193,8 @@ def test_a_bad_configuration_is_not_retried() -> None:
 
 
 def test_every_allowed_caller_has_descriptors() -> None:
-    needed = DESCRIPTORS_PER_CALLER * (Config().limits.connections + Config().limits.leases)
+    limits = Config().limits
+    needed = DESCRIPTORS_PER_CALLER * (limits.connections + limits.leases) + 5 * limits.channels
     assert int(settings(SERVICE)["LimitNOFILE"][0]) >= needed + 1024
 
 
@@ -204,6 +206,13 @@ def test_what_is_lent_fits_into_the_units_memory_and_threads() -> None:
 
 def test_secrets_do_not_go_to_a_swap() -> None:
     assert settings(SERVICE)["MemorySwapMax"] == ["0"]
+
+
+def test_everything_that_is_staged_for_gpus_can_be_kept_off_swap() -> None:
+    (most,) = settings(SERVICE)["LimitMEMLOCK"]
+    staged = Config().limits.channels * (512 << 10) + LOADS * 2 * PIECE
+    assert most.endswith("M")
+    assert int(most[:-1]) << 20 >= staged
 
 
 def test_the_start_may_wait_for_the_tpm_as_long_as_the_daemon_does() -> None:

@@ -7,7 +7,8 @@ with Agent() as agent:
 """
 
 from cgpu_agent.client.aio import AsyncAgent
-from cgpu_agent.client.calls import Identity, Measured, Quote
+from cgpu_agent.client.calls import Copy, Identity, Measured, Progress, Quote
+from cgpu_agent.client.channels import AsyncChannel, Channel
 from cgpu_agent.client.sync import Admin, Agent
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, Exhausted, Misuse, Unavailable
 
@@ -16,12 +17,16 @@ __all__ = [
     "Agent",
     "AgentError",
     "AsyncAgent",
+    "AsyncChannel",
+    "Channel",
+    "Copy",
     "Denied",
     "DeviceFault",
     "Exhausted",
     "Identity",
     "Measured",
     "Misuse",
+    "Progress",
     "Quote",
     "Unavailable",
 ]

@@ -104,13 +104,10 @@ class GpuChannel:
         self.allocations[handle] = Allocation(handle, size)
         return self.allocations[handle]
 
-    async def free(self, handle: int) -> Allocation:
-        """Raises ``Misuse`` (``NO_ALLOCATION``) and as ``DeviceMemory``."""
-        self.require_open()
-        room = self.room(handle)
-        del self.allocations[handle]  # before: nothing more is to be queued for it
-        await self._asked(self._memory.free(handle, timeout=ASK_SECONDS))
-        return room
+    async def free(self, room: Allocation) -> None:
+        """Raises as ``DeviceMemory``."""
+        del self.allocations[room.handle]  # before: nothing more is to be queued for it
+        await self._asked(self._memory.free(room.handle, timeout=ASK_SECONDS))
 
     def room(self, handle: int) -> Allocation:
         """An allocation. Raises ``Misuse`` (``NO_ALLOCATION``)."""

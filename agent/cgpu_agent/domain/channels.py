@@ -26,7 +26,7 @@ from cgpu_agent.domain.policy import GpuName
 from cgpu_agent.domain.quota import Budget
 from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.transfers import Copy, Progress, Transfer, require_readable, told
-from cgpu_agent.errors import AgentError, Denied, DeviceFault, Misuse, Unavailable
+from cgpu_agent.errors import AgentError, Denied, DeviceFault, Exhausted, Misuse, Unavailable
 from cgpu_agent.transfer.engine import Engine
 
 MAX_COPIES: Final = 1024
@@ -142,7 +142,7 @@ class Channels:
         uid, gpu = process.caller.uid, GpuName(uuid, verdict.identity)
         self._rate.take(uid)
         async with contextlib.AsyncExitStack() as stack:
-            self._open.take(uid, 1)
+            self._take_place(process)
             stack.callback(self._open.give, uid, 1)
             owner = process.kept()
             stack.callback(owner.close)
@@ -161,6 +161,17 @@ class Channels:
         if owner.pidfd is not None:
             asyncio.get_running_loop().add_reader(owner.pidfd, self._owner_gone, channel)
         return channel
+
+    def _take_place(self, process: Process) -> None:
+        """Count one more; those of this process that are over, and that it did not close, make room."""
+        uid = process.caller.uid
+        try:
+            self._open.take(uid, 1)
+        except Exhausted:
+            for channel in self.all_of(process):
+                if channel.ended is not None:
+                    self._drop(channel)
+            self._open.take(uid, 1)
 
     async def _established(self, owner: Process, gpu: GpuName, verdict: Verdict, epoch: object) -> GpuChannel:
         memory = await self._devices.establish_transfers(gpu.uuid, timeout=ASK_SECONDS)
@@ -184,7 +195,7 @@ class Channels:
     async def _discard(self, channel: GpuChannel) -> None:
         """A channel that nobody got."""
         self._end(channel, Unavailable("TRUST_CHANGED", "the channel was not opened"), "TRUST_CHANGED")
-        await asyncio.shield(self._ending[channel.id])
+        await self._settled(channel)
 
     def _require(self, epoch: object) -> None:
         if self._epoch() != epoch:
@@ -223,7 +234,7 @@ class Channels:
         channel.require_open()
         room = channel.room(handle)
         try:
-            await channel.free(handle)
+            await channel.free(room)
         finally:
             self._memory.give(channel.owner.caller.uid, room.size)
 
@@ -284,9 +295,7 @@ class Channels:
         channel = self.of(process, name)
         self._drop(channel)
         self._end(channel, Unavailable("TRANSFER_STOPPED", "this transfer channel was closed"), "CLOSED")
-        ending = self._ending.get(channel.id)
-        if ending is not None:
-            await asyncio.shield(ending)
+        await self._settled(channel)
 
     def doubted(self, reason: Reason) -> None:
         """No GPU is trusted any more: end every channel, now."""
@@ -320,6 +329,12 @@ class Channels:
             asyncio.get_running_loop().remove_reader(channel.owner.pidfd)
         self._open.give(channel.owner.caller.uid, 1)
         channel.owner.close()
+
+    async def _settled(self, channel: GpuChannel) -> None:
+        """Wait until nothing is left of a channel that was ended."""
+        ending = self._ending.get(channel.id)
+        if ending is not None:
+            await asyncio.shield(ending)
 
     def _end(self, channel: GpuChannel, error: AgentError, why: str) -> None:
         if channel.stop(error):

@@ -12,6 +12,7 @@ import pytest
 from cgpu_agent.domain.channel import _QUEUED
 from cgpu_agent.domain.channels import MAX_COPIES, ChannelLimits, Range
 from cgpu_agent.domain.transfers import PIECE
+from cgpu_agent.errors import AgentError
 from fixtures.channels import LIMITS, MIB, Ground, running, sealed, slug
 from fixtures.leases import NAME, until
 from fixtures.softwaregpu import GpuProcess, running_gpus
@@ -63,6 +64,18 @@ def test_many_copies_of_one_transfer_are_made_in_their_order(gpus: GpuProcess) -
         assert found.done == found.total == sum(each.size for each in ranges)
         assert work.view[:] == bytes(lease)
         assert await asyncio.to_thread(ground.peek, channel, handle, size) == bytes(device)
+
+    running(gpus, scenario)
+
+
+def test_a_small_transfer_does_not_wait_for_the_many_of_another_channel(gpus: GpuProcess) -> None:
+    async def scenario(ground: Ground) -> None:
+        busy, other, work = await ground.open(), await ground.open(), await ground.lease(8 * MIB)
+        handles = [await ground.allocate(channel, work.size) for channel in (busy, other)]
+        many = [ground.submit(busy, work.range(handles[0])) for _ in range(12)]
+        await ground.copy(other, work.range(handles[1], size=64))
+        assert not many[-1].ended.is_set()
+        await ground.wait(busy, many[-1])
 
     running(gpus, scenario)
 
@@ -170,6 +183,19 @@ def test_a_caller_opens_only_so_many_channels_a_minute(gpus: GpuProcess, monkeyp
         assert len(ground.events("channel")) == 2
 
     running(gpus, scenario)
+
+
+def test_a_channel_that_is_over_keeps_no_other_from_being_opened(gpus: GpuProcess) -> None:
+    async def scenario(ground: Ground) -> None:
+        first, second = await ground.open(), await ground.open()
+        ground.channels._faulted(first, AgentError("SLOT_ALTERED", "for a test"))
+        assert await slug(ground.allocate(first, 1)) == "SLOT_ALTERED"
+        third = await ground.open()
+        assert await slug(ground.allocate(first, 1)) == "NO_CHANNEL"
+        assert await slug(ground.open()) == "TRANSFER_CHANNELS"
+        assert ground.channels.all_of(ground.me) == [second, third]
+
+    running(gpus, scenario, limits=ChannelLimits(8, 2, 4, MIB))
 
 
 def test_one_channel_takes_only_so_many_transfers(gpus: GpuProcess) -> None:
