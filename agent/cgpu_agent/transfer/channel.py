@@ -158,7 +158,8 @@ class Channel:
 
     def _die(self, error: AgentError) -> None:
         if self._death is None:
-            self._death = error
+            # A twin: the error itself holds the frames that it came through, and those the caller's memory.
+            self._death = type(error)(error.slug, error.message, retry_after=error.retry_after)
             self._duplex.kill()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import mmap
 import os
 import random
 import socket
@@ -331,6 +332,17 @@ def test_a_device_that_does_not_answer_in_time(site: Session) -> None:
     host = Host()
     handle, channel = site.allocate(9), site.channel(host, stall=0.05)
     assert refusal(lambda: channel.write(handle, 0, b"x")) == "TRANSFER_STALLED"
+    host.close()
+
+
+def test_a_dead_channel_holds_no_memory_of_its_callers(site: Session) -> None:
+    """A lease could not be unmapped otherwise."""
+    host, memory = Host(), mmap.mmap(-1, 4096)
+    handle, channel = site.allocate(9), site.channel(host, stall=0.05)
+    assert refusal(lambda: channel.write(handle, 0, memoryview(memory))) == "TRANSFER_STALLED"
+    gc.collect()  # what the look at the error itself has left
+    memory.close()
+    assert channel.dead is not None
     host.close()
 
 
