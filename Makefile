@@ -1,6 +1,6 @@
 # "make help" lists every target; the two that matter are "make demo" and "make test".
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench transfer-sweep campaign kills hostile-host soak install install-vm install-verifier uninstall deb test-systemd dist clean
+.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench transfer-sweep campaign kills hostile-host soak install install-vm install-verifier uninstall deb test-systemd test-vm dist clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -33,7 +33,7 @@ dev: ## install what tests and gates need (Debian packages, .venv)
 lint: dev ## style: ruff, shellcheck
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	shellcheck packaging/*.sh packaging/demo/*.sh packaging/deb/*.sh packaging/deb/postinst packaging/deb/prerm packaging/deb/postrm .ci/run
+	shellcheck packaging/*.sh packaging/demo/*.sh packaging/deb/*.sh packaging/deb/postinst packaging/deb/prerm packaging/deb/postrm tests/vm/guest/vm-payload .ci/run
 
 types: dev ## mypy --strict
 	$(BIN)/mypy
@@ -109,6 +109,10 @@ uninstall: ## remove what "install" installed, but the configuration
 deb: ## build the Debian package, dist/*.deb; the same source gives the same bytes
 	@PYTHON=/usr/bin/python3 sh packaging/bootstrap.sh deb
 	sh packaging/deb/build.sh dist
+
+test-vm: dev deb ## measured boots of the agent in QEMU with Secure Boot and a TPM, as root: half a CPU-hour at most
+	sh packaging/bootstrap.sh vm
+	$(BIN)/python -m pytest --timeout 0 -s tests/vm/measured_boot.py
 
 dist: dev ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Bring a machine to the point where the demo ("demo") or all tests and gates ("dev") can run, the package can be built
-# ("deb") or tested ("systemd"): says what is missing, installs it, makes .venv for the first two. Run again at any time:
-# what is there is not touched.
+# ("deb") or tested ("systemd" in a container, "vm" in a machine): says what is missing, installs it, makes .venv for the
+# first two. Run again at any time: what is there is not touched.
 set -eu
 cd "$(dirname "$0")/.."
 extra=${1:-demo}
@@ -42,8 +42,19 @@ if [ "$extra" = dev ]; then
 fi
 
 case $extra in deb | systemd) command -v dpkg-shlibdeps >/dev/null 2>&1 || want dpkg-dev ;; esac
-if [ "$extra" = systemd ]; then
-    command -v systemd-nspawn >/dev/null 2>&1 || want systemd-container
+[ "$extra" != systemd ] || command -v systemd-nspawn >/dev/null 2>&1 || want systemd-container
+if [ "$extra" = vm ]; then
+    command -v qemu-system-x86_64 >/dev/null 2>&1 || want qemu-system-x86
+    [ -e /usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd ] || want ovmf
+    command -v swtpm_setup >/dev/null 2>&1 || want swtpm-tools
+    [ -e /usr/lib/systemd/boot/efi/linuxx64.efi.stub ] || want systemd-boot-efi
+    command -v sbsign >/dev/null 2>&1 || want sbsigntool
+    command -v objcopy >/dev/null 2>&1 || want binutils
+    command -v mcopy >/dev/null 2>&1 || want mtools
+    command -v mke2fs >/dev/null 2>&1 || want e2fsprogs
+    command -v sfdisk >/dev/null 2>&1 || want fdisk
+fi
+if [ "$extra" = systemd ] || [ "$extra" = vm ]; then
     command -v mmdebstrap >/dev/null 2>&1 || want mmdebstrap
     [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || want debian-archive-keyring
 fi
@@ -63,7 +74,7 @@ else
     say "Debian packages: nothing to install"
 fi
 
-case $extra in deb | systemd) exit 0 ;; dev) set=dev ;; *) set=daemon ;; esac
+case $extra in deb | systemd | vm) exit 0 ;; dev) set=dev ;; *) set=daemon ;; esac
 # The environment is current if it was made from this very pyproject.toml, for this set or the larger one.
 stamp=".venv/stamp-$set-$(cksum <pyproject.toml | tr ' ' '-')"
 larger=".venv/stamp-dev-$(cksum <pyproject.toml | tr ' ' '-')"

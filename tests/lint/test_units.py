@@ -219,6 +219,11 @@ def test_the_start_may_wait_for_the_tpm_as_long_as_the_daemon_does() -> None:
     assert int(settings(SERVICE)["TimeoutStartSec"][0]) > 2 * Config().tpm.request_seconds
 
 
+def test_no_phase_is_measured_while_the_agent_runs() -> None:
+    """With "shutdown" in PCR 11, no approval of it would be left by which the latch could be closed."""
+    assert "systemd-pcrphase.service" in settings(SERVICE)["After"][0].split()
+
+
 def test_readiness_is_not_lost_where_the_newer_type_is_unknown() -> None:
     assert settings(SERVICE)["Type"] == ["notify"]
 

@@ -256,7 +256,8 @@ class Commands:
 
     def _nv_read(self, index: int) -> bytes:
         handle = self._esapi.object_at(index)
-        size = _read(answers.parse_nv_public, self._esapi.nv_read_public(handle)).size
+        public = _read(answers.parse_nv_public, self._esapi.nv_read_public(handle))
+        size, owner = public.size, ~public.attributes & keys.ANYBODYS_INDEX != 0
         if size > MAX_NV_READ:
             raise DeviceFault("TPM_ERROR", f"NV index 0x{index:08x} holds more than {MAX_NV_READ} bytes")
         if not self._nv_chunk:
@@ -265,7 +266,7 @@ class Commands:
         data = bytearray()
         while len(data) < size:
             count = min(self._nv_chunk, size - len(data))
-            part = self._esapi.nv_read(handle, count, len(data))
+            part = self._esapi.nv_read(handle, count, len(data), owner=owner)
             if len(part) != count:
                 raise DeviceFault("TPM_ERROR", "the TPM returned another amount of NV data than asked for")
             data += part

@@ -245,7 +245,7 @@ class Esapi:
         public, _ = self._call("NV_ReadPublic", self._esys.nv_read_public, index)
         return _bytes(public)
 
-    def nv_read(self, index: Handle, count: int, offset: int, *, owner: bool = True) -> bytes:
+    def nv_read(self, index: Handle, count: int, offset: int, *, owner: bool) -> bytes:
         """TPM2_NV_Read by the owner, or with the index's own (empty) auth."""
         by = ESYS_TR.OWNER if owner else index
         data = self._call("NV_Read", self._esys.nv_read, index, count, offset, by)

@@ -48,6 +48,8 @@ EK_NONCE_INDICES: Final = {"rsa": 0x01C00003, "ecc": 0x01C0000B}
 
 OWNER_INDEX: Final = 1 << 1 | 1 << 2 | 1 << 17 | 1 << 18
 """TPMA_NV: OWNERWRITE, AUTHWRITE, OWNERREAD, AUTHREAD."""
+ANYBODYS_INDEX: Final = 1 << 18 | 1 << 25
+"""TPMA_NV: AUTHREAD, NO_DA. Such an index can be read where the owner has a password; trying costs nothing."""
 
 
 def signing_key(algorithm: AkAlgorithm) -> bytes:

@@ -33,6 +33,7 @@ from cgpu_agent.wire.tpm import (
     pcr_digest,
     pcr_policy,
 )
+from fixtures.sealedkeys import set_owner_auth
 
 pytestmark = pytest.mark.swtpm
 
@@ -258,6 +259,24 @@ def test_reads_an_nv_index_longer_than_one_command(commands: Commands, swtpm: Sw
     content = bytes(range(256)) * 6
     swtpm.provision_nv(0x01C101D0, content, size=2048)
     assert commands.nv_read(0x01C101D0) == content.ljust(2048, b"\0")
+
+
+def test_reads_a_certificate_where_the_owner_has_a_password(commands: Commands, swtpm: Swtpm) -> None:
+    swtpm.provision_nv(0x01C00002, b"of the EK")
+    set_owner_auth(swtpm, b"secret")
+    assert commands.nv_read(0x01C00002) == b"of the EK"
+
+
+def test_an_index_that_somebody_gave_an_auth_value_costs_no_try(commands: Commands, swtpm: Swtpm) -> None:
+    """Only the owner asks for it: with a wrong auth value the TPM would count towards its lockout."""
+    owner_and_auth_read = 1 << 1 | 1 << 17 | 1 << 18
+    swtpm.execute(raw.nv_define(0x01800001, 8, owner_and_auth_read, raw.OWNER))
+    swtpm.execute(raw.nv_write(0x01800001, bytes(8), 0, raw.OWNER))
+    assert commands.nv_read(0x01800001) == bytes(8)
+    set_owner_auth(swtpm, b"secret")
+    with pytest.raises(DeviceFault) as caught:
+        commands.nv_read(0x01800001)
+    assert caught.value.slug == "TPM_AUTH"
 
 
 def test_absent_nv_index_reads_as_none(commands: Commands) -> None:
