@@ -18,7 +18,7 @@ from typing import Final
 from vm.image import OVMF, run
 
 SECONDS: Final = 1800.0
-"""How long a boot may take: emulated, a minute on an idle machine, and ten on one that has ten times too much to do."""
+"""How long a boot may take: emulated, a minute on an idle machine, and ten where ten times too much is going on."""
 REFUSED: Final = b"Access Denied"
 """What OVMF says of an image that Secure Boot refuses; it then waits for somebody to press a key."""
 
