@@ -165,6 +165,44 @@ def test_bytes_are_counted(limits: tuple[int, int, int]) -> None:
     running(scenario, limits=LeaseLimits(*limits))
 
 
+def test_a_permit_for_one_kind_of_memory_is_none_for_the_other() -> None:
+    async def scenario(lending: Lending) -> None:
+        wanted = {
+            "write": LeaseRequest(CUT, source=False, writable=True),
+            "read": LeaseRequest(CUT, source=False),
+        }
+
+        async def lent() -> set[str]:
+            found = set()
+            for kind, request in wanted.items():
+                with contextlib.suppress(Denied):
+                    (await lending.say(request.encode())).close()
+                    found.add(kind)
+            return found
+
+        assert await lent() == {"write", "read"}
+        lending.transfers = False
+        assert await lent() == {"read"}
+        lending.policy = Policy.default()
+        assert await lent() == set()
+        lending.transfers = True
+        assert await lent() == {"write"}
+        await lending.idle()
+
+    running(scenario)
+
+
+def test_memory_to_write_to_comes_without_a_source() -> None:
+    async def scenario(lending: Lending) -> None:
+        source = os.open(lending.file(SEALED), os.O_RDONLY)
+        error = await refusal(lending.say(LeaseRequest(CUT, source=False, writable=True).encode(), [source]))
+        assert error.slug == "BAD_LEASE_MESSAGE"
+        os.close(source)
+        await lending.idle()
+
+    running(scenario)
+
+
 def test_nobody_is_lent_to_without_a_permit() -> None:
     async def scenario(lending: Lending) -> None:
         lending.policy = Policy.load('@id("no") forbid(principal, action, resource);', "test")

@@ -168,6 +168,27 @@ def test_a_doubt_stops_every_channel_before_the_ready_state_is_cleared(gpus: Gpu
     running(gpus, scenario)
 
 
+def test_a_driver_that_fails_at_stopping_a_channel_keeps_neither_gpus_nor_other_channels_open(
+    gpus: GpuProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(ground: Ground) -> None:
+        channels = [await ground.open() for _ in range(2)]
+
+        def broken() -> None:
+            monkeypatch.undo()
+            raise RuntimeError
+
+        monkeypatch.setattr(channels[0]._link, "stop", broken)
+        await ground.site.sessions.distrust(Reason("GPU_XID", "the driver reported an error"))
+        assert await ground.site.ready() is False
+        for channel in channels:
+            assert await after(ground, channel) == "TRANSFER_STOPPED"
+        await ground.ended()
+        assert len(ground.events("channel-ended")) == 2
+
+    running(gpus, scenario)
+
+
 def test_a_verdict_that_is_renewed_changes_nothing(gpus: GpuProcess) -> None:
     async def scenario(ground: Ground) -> None:
         channel, work = await ground.open(), await ground.lease(4096)

@@ -265,6 +265,8 @@ class GpuChannel:
 
     async def close(self) -> None:
         """Wait until nothing uses it, then have the GPU wipe and take back what was allocated. After ``stop``."""
-        await self._loop.run_in_executor(self._closers, self._engine.remove, self._link)
-        with contextlib.suppress(AgentError):  # the session is over either way
-            await self._memory.end(timeout=ASK_SECONDS)
+        try:
+            await self._loop.run_in_executor(self._closers, self._engine.remove, self._link)
+        finally:
+            with contextlib.suppress(AgentError):  # the session is over either way
+                await self._memory.end(timeout=ASK_SECONDS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.transfers import Copy, Progress, Transfer, require_readable, told
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, Exhausted, Misuse, Unavailable
 from cgpu_agent.transfer.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 MAX_COPIES: Final = 1024
 OPENS_PER_MINUTE: Final = 120
@@ -146,7 +149,7 @@ class Channels:
             stack.callback(self._open.give, uid, 1)
             owner = process.kept()
             stack.callback(owner.close)
-            channel = await self._established(owner, gpu, verdict, epoch)
+            channel = await self._established(owner, gpu, verdict)
             stack.push_async_callback(self._discard, channel)
             sequence = await audit.record(
                 "channel",
@@ -173,13 +176,12 @@ class Channels:
                     self._drop(channel)
             self._open.take(uid, 1)
 
-    async def _established(self, owner: Process, gpu: GpuName, verdict: Verdict, epoch: object) -> GpuChannel:
+    async def _established(self, owner: Process, gpu: GpuName, verdict: Verdict) -> GpuChannel:
         memory = await self._devices.establish_transfers(gpu.uuid, timeout=ASK_SECONDS)
         try:
             chain = memory.chain
             if chain is not None and hashlib.sha256(chain).digest() != verdict.chain:
                 raise DeviceFault("GPU_IDENTITY_CHANGED", "another GPU answers than the one that was attested")
-            self._require(epoch)
             link = await memory.channel(timeout=ASK_SECONDS)
             make = partial(GpuChannel, owner, gpu, memory, link, self._engine, self._closers, self._clock)
             try:
@@ -337,12 +339,20 @@ class Channels:
             await asyncio.shield(ending)
 
     def _end(self, channel: GpuChannel, error: AgentError, why: str) -> None:
-        if channel.stop(error):
+        try:
+            first = channel.stop(error)
+        except Exception:  # a doubt must close the GPUs, whatever a driver does
+            logger.exception("a channel was not stopped at once")
+            first = True
+        if first:
             task = self._ending[channel.id] = asyncio.get_running_loop().create_task(self._finish(channel, why))
             task.add_done_callback(lambda _: self._ending.pop(channel.id, None))
 
     async def _finish(self, channel: GpuChannel, why: str) -> None:
-        await channel.close()
+        try:
+            await channel.close()
+        except Exception:
+            logger.exception("a channel did not end in order")
         self._memory.give(channel.owner.caller.uid, sum(room.size for room in channel.allocations.values()))
         channel.allocations.clear()
         sequence = self._records.pop(channel.id, None)

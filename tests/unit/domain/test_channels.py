@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 from collections.abc import Iterator
@@ -287,6 +288,12 @@ def test_an_object_that_does_not_fit_is_not_loaded(gpus: GpuProcess) -> None:
         assert await slug(ground.load(channel, sealed(bytes(100)), handle)) == "DEVICE_RANGE"
         assert await slug(ground.load(channel, sealed(bytes(9)), handle + 1)) == "NO_ALLOCATION"
         assert await slug(ground.load(channel, b"no object", handle)) == "TRUNCATED"
+        keys = len(ground.events("key"))
+        with contextlib.closing(await ground.lending.take(1, ground.lending.file(sealed(b"x")))) as taken:
+            me, begin = ground.me, ground.lending.begin
+            call = ground.loading.load(me.caller, me, channel.id, taken.id, NAME, 12345, handle, begin)
+            assert await slug(call) == "BAD_SEGMENT_SIZE"
+        assert len(ground.events("key")) == keys  # nothing was released for that
         assert channel.tally.to_device == 0
         work = await ground.lease(99)
         await ground.copy(channel, work.range(handle, to_device=False))  # nothing secret came there
