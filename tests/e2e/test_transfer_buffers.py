@@ -51,6 +51,24 @@ with Agent(sys.argv[1]) as agent, agent.channel() as channel:
     while True:
         channel.put(data, handle=handle)
 """
+# Puts and gets data of its own, by way of the agent's memory and without, and says whether all of it was right.
+_CHECKER = """
+import os, sys
+from cgpu_agent.client import Agent
+right = True
+with Agent(sys.argv[1]) as agent, agent.channel() as channel:
+    buffer = channel.buffer(1 << 20)
+    for size in (1, 4096, 1 << 20, (1 << 20) + 1, (16 << 20) + 7):
+        data, out = os.urandom(size), bytearray(size)
+        handle = channel.put(data)
+        channel.get(handle, out)
+        right &= out == data
+        if size <= 1 << 20:
+            channel.get(handle, buffer.view[:size])
+            right &= bytes(buffer.view[:size]) == data
+        channel.free(handle)
+print(right)
+"""
 # Tries what the ids of another process's channel and lease are good for.
 _THIEF = """
 import json, sys
@@ -344,6 +362,15 @@ def test_another_process_of_the_same_uid_can_do_nothing_with_ids_that_it_was_tol
         channel.get(handle, out)
         assert out == b"mine"
     assert world.daemon.stop() == 0
+
+
+def test_workloads_at_the_same_time_get_their_own(world: GpuDaemon) -> None:
+    world.start(TRANSFER)
+    command = [sys.executable, "-c", _CHECKER, world.daemon.socket]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.communicate(timeout=2 * PATIENCE)[0] for process in running] == ["True\n"] * 4
+    assert world.daemon.stop() == 0
+    assert [each.data["reason"] for each in world.records("channel-ended")] == ["CLOSED"] * 4
 
 
 def test_a_workload_that_is_killed_leaves_nothing_behind(world: GpuDaemon) -> None:
