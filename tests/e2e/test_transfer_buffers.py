@@ -25,7 +25,7 @@ from cgpu_agent.client.transfer import HALF
 from cgpu_agent.errors import Denied, Misuse, Unavailable
 from cgpu_agent.objects.stream import Sealer
 from cgpu_agent.wire.sealed import ObjectName
-from fixtures.daemon import PATIENCE
+from fixtures.daemon import PATIENCE, booted_daemon
 from fixtures.gpudaemon import GpuDaemon, gpu_daemon
 from fixtures.policies import permit
 from fixtures.transfer import rings_of
@@ -431,6 +431,20 @@ def test_nothing_of_a_channel_survives_the_agent(world: GpuDaemon) -> None:
         channel.get(channel.allocate(len(data)), out)
         assert out == bytes(len(data))
     assert world.daemon.stop() == 0
+
+
+def test_an_agent_without_gpus_says_so() -> None:
+    with booted_daemon() as daemon:
+        daemon.grants = TRANSFER
+        daemon.start()
+        with daemon.client() as agent:
+            for call in (calls.open_channel("GPU-a"), calls.get_transfer_stats(b"")):
+                with pytest.raises(Unavailable) as raised:
+                    agent._run(call)
+                assert raised.value.slug == "NO_GPUS"
+        with pytest.raises(Denied):
+            LeasedMemory(daemon.lease_socket, 4096, None, PATIENCE)
+        assert daemon.stop() == 0
 
 
 def test_an_agent_that_stops_ends_its_channels_in_order(world: GpuDaemon) -> None:
