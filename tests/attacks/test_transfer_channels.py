@@ -323,6 +323,10 @@ def test_a_slot_that_is_not_genuine_ends_its_channel_loudly_and_no_other(
         (ended,) = ground.events("channel-ended")
         assert (ended.data["reason"], ended.data["errors"]) == (told, 2)
         assert await ground.put(other, work, SECRET)
+        memory = ground.lending.leases.work(work.id, ground.me)
+        work.taken.close()
+        await ground.lending.idle()
+        assert memory._map.closed  # what the channel died of does not keep it
         host.rest()
 
     running(gpus, scenario)

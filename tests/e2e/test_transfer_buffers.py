@@ -25,7 +25,7 @@ from cgpu_agent.client.transfer import HALF
 from cgpu_agent.errors import Denied, Misuse, Unavailable
 from cgpu_agent.objects.stream import Sealer
 from cgpu_agent.wire.sealed import ObjectName
-from fixtures.daemon import PATIENCE
+from fixtures.daemon import PATIENCE, booted_daemon
 from fixtures.gpudaemon import GpuDaemon, gpu_daemon
 from fixtures.policies import permit
 from fixtures.transfer import rings_of
@@ -50,6 +50,24 @@ with Agent(sys.argv[1]) as agent, agent.channel() as channel:
     print("transferring", flush=True)
     while True:
         channel.put(data, handle=handle)
+"""
+# Puts and gets data of its own, by way of the agent's memory and without, and says whether all of it was right.
+_CHECKER = """
+import os, sys
+from cgpu_agent.client import Agent
+right = True
+with Agent(sys.argv[1]) as agent, agent.channel() as channel:
+    buffer = channel.buffer(1 << 20)
+    for size in (1, 4096, 1 << 20, (1 << 20) + 1, (16 << 20) + 7):
+        data, out = os.urandom(size), bytearray(size)
+        handle = channel.put(data)
+        channel.get(handle, out)
+        right &= out == data
+        if size <= 1 << 20:
+            channel.get(handle, buffer.view[:size])
+            right &= bytes(buffer.view[:size]) == data
+        channel.free(handle)
+print(right)
 """
 # Tries what the ids of another process's channel and lease are good for.
 _THIEF = """
@@ -346,6 +364,15 @@ def test_another_process_of_the_same_uid_can_do_nothing_with_ids_that_it_was_tol
     assert world.daemon.stop() == 0
 
 
+def test_workloads_at_the_same_time_get_their_own(world: GpuDaemon) -> None:
+    world.start(TRANSFER)
+    command = [sys.executable, "-c", _CHECKER, world.daemon.socket]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.communicate(timeout=2 * PATIENCE)[0] for process in running] == ["True\n"] * 4
+    assert world.daemon.stop() == 0
+    assert [each.data["reason"] for each in world.records("channel-ended")] == ["CLOSED"] * 4
+
+
 def test_a_workload_that_is_killed_leaves_nothing_behind(world: GpuDaemon) -> None:
     world.start(TRANSFER)
     workload(world).kill()  # what is made once for all
@@ -404,6 +431,20 @@ def test_nothing_of_a_channel_survives_the_agent(world: GpuDaemon) -> None:
         channel.get(channel.allocate(len(data)), out)
         assert out == bytes(len(data))
     assert world.daemon.stop() == 0
+
+
+def test_an_agent_without_gpus_says_so() -> None:
+    with booted_daemon() as daemon:
+        daemon.grants = TRANSFER
+        daemon.start()
+        with daemon.client() as agent:
+            for call in (calls.open_channel("GPU-a"), calls.get_transfer_stats(b"")):
+                with pytest.raises(Unavailable) as raised:
+                    agent._run(call)
+                assert raised.value.slug == "NO_GPUS"
+        with pytest.raises(Denied):
+            LeasedMemory(daemon.lease_socket, 4096, None, PATIENCE)
+        assert daemon.stop() == 0
 
 
 def test_an_agent_that_stops_ends_its_channels_in_order(world: GpuDaemon) -> None:

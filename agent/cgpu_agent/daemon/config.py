@@ -127,8 +127,8 @@ class Limits:
     calls_per_uid: int = 512
     tpm_seconds_per_minute: int = 30
     keys_per_minute: int = 60
-    leases: int = 64
-    leases_per_uid: int = 8
+    leases: int = 128
+    leases_per_uid: int = 32
     lease_mib: int = 1024
     lease_mib_per_uid: int = 2048
     lease_mib_in_all: int = 4096

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from functools import partial
@@ -209,7 +210,7 @@ class GpuChannel:
             raise
 
     def _make(self, transfer: Transfer, copies: Sequence[Copy], link: DeviceChannel) -> AgentError | None:
-        """In the engine's thread. Why it failed is returned: a traceback would keep the buffers."""
+        """In the engine's thread; returns why it failed."""
         transfer.begin()
         began = self._clock.monotonic()
 
@@ -223,6 +224,7 @@ class GpuChannel:
         try:
             make(copies, link, self.require_open, made)
         except AgentError as error:
+            traceback.clear_frames(error.__traceback__)  # a channel keeps what it died of, and that the buffers
             return told(error)
         except Exception:
             logger.exception("a transfer failed")

@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from cgpu_agent.domain.quota import InFlight
+from cgpu_agent.domain.quota import Budget, InFlight
 from cgpu_agent.errors import Exhausted
 
 
@@ -45,3 +45,18 @@ def test_uids_that_have_nothing_running_leave_nothing_behind() -> None:
         with in_flight.hold(uid):
             pass
     assert in_flight._by_uid == {}
+
+
+def test_a_budget_is_each_uids_own_and_comes_back() -> None:
+    budget = Budget(10, "DEVICE_MEMORY", "too much")
+    budget.take(1, 7)
+    with pytest.raises(Exhausted) as raised:
+        budget.take(1, 4)
+    assert raised.value.slug == "DEVICE_MEMORY"
+    budget.take(1, 3)
+    budget.take(2, 10)
+    budget.give(1, 7)
+    budget.take(1, 7)
+    for uid in (1, 2):
+        budget.give(uid, 10)
+    assert not budget._taken
