@@ -98,7 +98,7 @@ deb: ## build the Debian package, dist/*.deb; the same source gives the same byt
 	@PYTHON=/usr/bin/python3 sh packaging/bootstrap.sh deb
 	sh packaging/deb/build.sh dist
 
-test-vm: dev deb ## measured boots of the agent in QEMU with Secure Boot and a TPM, as root: half a CPU-hour at most
+test-vm: dev deb ## measured boots of the agent in QEMU with Secure Boot and a TPM, as root: 16 minutes
 	sh packaging/bootstrap.sh vm
 	$(BIN)/python -m pytest --timeout 0 -s tests/vm/measured_boot.py
 
