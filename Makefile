@@ -1,6 +1,6 @@
 # "make help" lists every target; the two that matter are "make demo" and "make test".
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench campaign kills hostile-host install install-vm install-verifier uninstall deb test-vm dist clean
+.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench campaign kills hostile-host install install-vm install-verifier uninstall deb test-systemd test-vm dist clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -52,6 +52,14 @@ fmt: dev ## format the code
 generate: ## generate the gRPC stubs from protos/
 	sh packaging/generate.sh
 
+test-systemd: dev deb ## the package installed, and its units at work, under a real systemd in a container (root)
+	@PYTHON=/usr/bin/python3 sh packaging/bootstrap.sh systemd
+	$(BIN)/python -m pytest --timeout 0 tests/systemd
+
+test-vm: dev deb ## measured boots of the agent in QEMU with Secure Boot and a TPM: 16 minutes (root)
+	@PYTHON=/usr/bin/python3 sh packaging/bootstrap.sh vm
+	$(BIN)/python -m pytest --timeout 0 -s tests/vm/measured_boot.py
+
 bench: dev ## measure; ratios on the terminal, numbers in build/bench.json
 	$(BIN)/python tests/bench/bench.py
 
@@ -97,10 +105,6 @@ uninstall: ## remove what "install" installed, but the configuration
 deb: ## build the Debian package, dist/*.deb; the same source gives the same bytes
 	@PYTHON=/usr/bin/python3 sh packaging/bootstrap.sh deb
 	sh packaging/deb/build.sh dist
-
-test-vm: dev deb ## measured boots of the agent in QEMU with Secure Boot and a TPM, as root: 16 minutes
-	sh packaging/bootstrap.sh vm
-	$(BIN)/python -m pytest --timeout 0 -s tests/vm/measured_boot.py
 
 dist: dev ## build the wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .

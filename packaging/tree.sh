@@ -7,7 +7,7 @@ set -eu
 tree=$1
 shift
 # The last line is what the package depends on; tests/systemd installs it without a network.
-packages="systemd systemd-sysv dbus libpam-systemd udev $*
+packages="systemd systemd-sysv dbus libpam-systemd udev iproute2 $*
 python3 procps tpm-udev libtss2-esys-3.0.2-0 libtss2-rc0 libtss2-tctildr0 libstdc++6"
 # shellcheck disable=SC2086 # a list of words
 list=$(printf '%s\n' $packages | LC_ALL=C sort -u)

@@ -187,6 +187,16 @@ def test_every_allowed_caller_has_descriptors() -> None:
     assert int(settings(SERVICE)["LimitNOFILE"][0]) >= needed + 1024
 
 
+def test_what_is_lent_fits_into_the_units_memory_and_threads() -> None:
+    service, limits = settings(SERVICE), Config().limits
+    assert service["MemoryMax"] == [f"{limits.lease_mib_in_all // 1024 + 2}G"]
+    assert int(service["TasksMax"][0]) >= 2 * limits.leases + 128
+
+
+def test_secrets_do_not_go_to_a_swap() -> None:
+    assert settings(SERVICE)["MemorySwapMax"] == ["0"]
+
+
 def test_the_start_may_wait_for_the_tpm_as_long_as_the_daemon_does() -> None:
     assert int(settings(SERVICE)["TimeoutStartSec"][0]) > 2 * Config().tpm.request_seconds
 

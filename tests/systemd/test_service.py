@@ -1,0 +1,243 @@
+"""The installed units under a real systemd: start, stop, reload, crash, hang, and who callers are."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fixtures.machine import AUDIENCE, judge
+from fixtures.nspawn import Container
+from systemd.conftest import CONFIG, machine
+
+AGENT = "cgpu-agent.service"
+SOCKETS = ("cgpu-agent.socket", "cgpu-agent-admin.socket", "cgpu-agent-lease.socket")
+CONFIG_FILE = "/etc/cgpu-agent/config.toml"
+DROP_IN = "/etc/systemd/system/cgpu-agent.service.d/test.conf"
+
+
+@pytest.fixture(scope="module")
+def container(installed: Path) -> Iterator[Container]:
+    with machine(installed) as container:
+        yield container
+
+
+@pytest.fixture
+def vm(container: Container) -> Iterator[Container]:
+    """For tests that stop or change the agent: it serves as installed, before and after each."""
+    yield container
+    container.run("rm", "-f", DROP_IN)
+    container.write(CONFIG_FILE, CONFIG)
+    container.run("systemctl", "daemon-reload")
+    container.run("systemctl", "reset-failed")
+    container.run("systemctl", "restart", AGENT)
+
+
+def change(vm: Container, text: str, *, good: bool = True) -> None:
+    """Change the unit by a drop-in, and start it anew, which must succeed or fail."""
+    vm.write(DROP_IN, f"[Service]\n{text}\n")
+    vm.run("systemctl", "daemon-reload")
+    vm.run("systemctl", "restart", AGENT, good=good)
+
+
+def restarts(vm: Container) -> int:
+    return int(vm.show(AGENT, "NRestarts"))
+
+
+def caller(vm: Container, name: str, *options: str) -> dict[str, object]:
+    """Evidence that a unit of that name gets, judged; returns who it says has asked."""
+    nonce = secrets.token_bytes(32)
+    command = ("cgpuctl", "evidence", "get", "--nonce", nonce.hex(), "--audience", AUDIENCE)
+    result = judge(vm.unit(*command, name=name, options=options).encode(), nonce)
+    assert result.accepted, result.steps
+    assert result.statement is not None
+    return dict(result.statement.caller)
+
+
+def test_it_is_started_at_boot_and_says_in_one_line_how_it_is(container: Container) -> None:
+    assert container.active(AGENT) == "active"
+    assert restarts(container) == 0
+    assert container.show(AGENT, "Type") == "notify"
+    assert container.show(AGENT, "StatusText").startswith("Serving")
+    assert container.active("multi-user.target") == "active"
+    assert not container.run("systemctl", "list-units", "--failed", "--plain", "--no-legend")
+
+
+def test_systemd_takes_every_line_of_the_units_but_those_for_newer_ones(container: Container) -> None:
+    container.run("systemctl", "daemon-reload")
+    said = [line for line in container.journal("init.scope").splitlines() if "/cgpu-" in line]
+    assert said, "systemd 252 complains of the drop-in for newer ones"
+    assert all("50-newer-systemd.conf" in line for line in said), said
+
+
+# -- who asks
+
+
+def test_a_caller_is_its_unit(container: Container) -> None:
+    found = caller(container, "inference.service", "--property=User=www-data")
+    assert (found["unit"], found["cgroup"]) == ("inference.service", "/system.slice/inference.service")
+    assert (found["uid"], found["container"]) == (33, None)
+
+
+def test_a_unit_in_a_slice_and_a_scope_are_told_apart(container: Container) -> None:
+    assert caller(container, "batch.service", "--slice=tenant")["cgroup"] == "/tenant.slice/batch.service"
+    assert caller(container, "session.scope", "--scope")["unit"] == "session.scope"
+
+
+def test_a_container_is_its_scope_and_not_the_unit_around_it(container: Container) -> None:
+    ident = secrets.token_hex(32)
+    found = caller(container, f"docker-{ident}.scope", "--scope")
+    assert (found["container"], found["unit"]) == (ident, f"docker-{ident}.scope")
+
+
+def test_names_below_a_delegated_cgroup_are_not_believed(container: Container) -> None:
+    forged = "/sys/fs/cgroup/system.slice/tenant.service/cgpu-agent.service"
+    container.write("/srv/forge", f'mkdir {forged} && echo $$ >{forged}/cgroup.procs && exec "$@"')
+    nonce = secrets.token_bytes(32)
+    said = container.unit(
+        *("sh", "/srv/forge", "cgpuctl", "evidence", "get", "--nonce", nonce.hex(), "--audience", AUDIENCE),
+        name="tenant.service",
+        options=("--property=User=www-data", "--property=Delegate=yes"),
+    )
+    result = judge(said.encode(), nonce)
+    assert result.statement is not None
+    assert result.statement.caller["unit"] == "tenant.service"
+    assert result.statement.caller["cgroup"] == "/system.slice/tenant.service"
+
+
+# -- sockets
+
+
+def test_a_call_starts_a_stopped_agent_and_is_answered(vm: Container) -> None:
+    vm.run("systemctl", "stop", AGENT)
+    assert vm.active(AGENT) == "inactive"
+    assert [vm.active(socket) for socket in SOCKETS] == ["active"] * 3
+    vm.unit("cgpuctl", "boot", "show", options=("--property=User=www-data",))
+    assert vm.active(AGENT) == "active"
+
+
+def test_operators_ask_and_nobody_else(container: Container) -> None:
+    assert "Serving" in container.unit("cgpuctl", "status")
+    container.unit("cgpuctl", "status", options=("--property=User=www-data",), good=False)
+
+
+def test_without_its_sockets_it_is_stopped_too(vm: Container) -> None:
+    vm.run("systemctl", "stop", *SOCKETS)
+    vm.until(lambda: vm.active(AGENT) == "inactive")
+    assert vm.run("ls", "/run/cgpu-agent").split() == ["private", "ready.sock"]
+
+
+def connect(container: Container, user: str, path: str, kind: str, *, good: bool = True) -> None:
+    command = f"import socket as s; s.socket(s.AF_UNIX, s.{kind}).connect({path!r})"
+    container.unit("python3", "-c", command, options=(f"--property=User={user}",), good=good)
+
+
+@pytest.mark.parametrize(
+    ("part", "path", "kind"),
+    [
+        ("cgpu-egress", "/run/cgpu-agent/egress.sock", "SOCK_STREAM"),
+        ("cgpu-ready", "/run/cgpu-agent/ready.sock", "SOCK_SEQPACKET"),
+    ],
+)
+def test_what_serves_the_agent_is_started_by_the_agents_user_alone(
+    vm: Container, part: str, path: str, kind: str
+) -> None:
+    vm.run("systemctl", "start", f"{part}.socket")
+    connect(vm, "www-data", path, kind, good=False)
+    assert vm.active(f"{part}.service") == "inactive"
+    connect(vm, "cgpu-agent", path, kind)
+    vm.until(lambda: vm.active(f"{part}.service") == "active")
+    vm.run("systemctl", "stop", f"{part}.service")
+    assert vm.show(f"{part}.service", "Result") == "success"
+
+
+def test_the_root_helper_ends_with_the_agent(vm: Container) -> None:
+    vm.run("systemctl", "start", "cgpu-ready.service")
+    vm.run("systemctl", "stop", AGENT)
+    vm.until(lambda: vm.active("cgpu-ready.service") == "inactive")
+
+
+# -- life
+
+
+def test_a_restart_keeps_the_key_of_this_boot(vm: Container) -> None:
+    before = json.loads(vm.unit("cgpuctl", "status", "--json"))["tpm"]
+    vm.run("systemctl", "restart", AGENT)
+    assert json.loads(vm.unit("cgpuctl", "status", "--json"))["tpm"] == before
+    assert caller(vm, "again.service")["unit"] == "again.service"
+
+
+def test_a_crash_is_followed_by_a_start_that_serves(vm: Container) -> None:
+    before = restarts(vm)
+    pid = vm.pid(AGENT)
+    vm.run("kill", "-SEGV", str(pid))
+    vm.until(lambda: vm.pid(AGENT) not in (0, pid) and vm.active(AGENT) == "active")
+    assert restarts(vm) == before + 1
+    assert "Failed with result 'signal'" in vm.journal(AGENT)
+    assert caller(vm, "after.service")["unit"] == "after.service"
+
+
+def test_a_hang_is_ended_by_the_watchdog(vm: Container) -> None:
+    assert vm.show(AGENT, "WatchdogUSec") == "30s"
+    change(vm, "WatchdogSec=2")
+    pid = vm.pid(AGENT)
+    vm.run("kill", "-STOP", str(pid))
+    vm.until(lambda: vm.pid(AGENT) not in (0, pid) and vm.active(AGENT) == "active")
+    assert "Watchdog timeout" in vm.journal(AGENT)
+    assert restarts(vm) == 1
+
+
+def test_an_agent_that_is_well_keeps_the_watchdog_quiet(vm: Container) -> None:
+    change(vm, "WatchdogSec=2")
+    pid = vm.pid(AGENT)
+    vm.run("sleep", "5")
+    assert vm.pid(AGENT) == pid
+
+
+def test_a_good_file_is_reloaded_and_measured(vm: Container) -> None:
+    pid = vm.pid(AGENT)
+    vm.write(CONFIG_FILE, f'log_level = "debug"\n{CONFIG}')
+    vm.run("systemctl", "reload", AGENT)
+    vm.until(lambda: "configuration reloaded changed=True" in vm.journal(AGENT))
+    assert vm.pid(AGENT) == pid
+    assert vm.show(AGENT, "StatusText").startswith("Serving")
+
+
+def test_a_bad_file_changes_nothing_but_the_status_line(vm: Container) -> None:
+    pid = vm.pid(AGENT)
+    vm.write(CONFIG_FILE, f"nonsense = 1\n{CONFIG}")
+    vm.run("systemctl", "reload", AGENT)
+    vm.until(lambda: "configuration:" in vm.show(AGENT, "StatusText"))
+    assert (vm.pid(AGENT), vm.active(AGENT)) == (pid, "active")
+    assert caller(vm, "still.service")["unit"] == "still.service"
+
+
+def test_a_bad_file_at_start_is_not_tried_again(vm: Container) -> None:
+    vm.write(CONFIG_FILE, f"nonsense = 1\n{CONFIG}")
+    vm.run("systemctl", "restart", AGENT, good=False)
+    assert (vm.active(AGENT), vm.show(AGENT, "ExecMainStatus")) == ("failed", "2")
+    assert restarts(vm) == 0
+    assert "nonsense" in vm.show(AGENT, "StatusText")
+
+
+def test_callers_of_an_agent_with_a_bad_file_do_not_cost_the_sockets_for_good(vm: Container) -> None:
+    vm.write(CONFIG_FILE, f"nonsense = 1\n{CONFIG}")
+    vm.run("systemctl", "restart", AGENT, good=False)
+    for _ in range(8):
+        vm.unit("cgpuctl", "boot", "show", good=False)
+    assert [vm.active(unit) for unit in (AGENT, SOCKETS[0])] == ["failed", "failed"]
+    vm.write(CONFIG_FILE, CONFIG)
+    vm.run("systemctl", "reset-failed", AGENT, *SOCKETS)
+    vm.run("systemctl", "start", AGENT)
+    assert [vm.active(unit) for unit in (AGENT, *SOCKETS)] == ["active"] * 4
+    assert caller(vm, "mended.service")["unit"] == "mended.service"
+
+
+def test_an_agent_that_cannot_stay_is_given_up_after_five_starts(vm: Container) -> None:
+    change(vm, "ExecStartPre=/bin/false\nRestartSec=100ms", good=False)
+    vm.until(lambda: vm.active(AGENT) == "failed")
+    assert restarts(vm) == 5
+    assert "Start request repeated too quickly" in vm.journal(AGENT)
