@@ -12,7 +12,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 BUILD: Final = ROOT / "build" / "vm"
 _GUEST: Final = Path(__file__).resolve().parent / "guest"
 _PACKAGES: Final = (
-    *("linux-image-cloud-amd64", "initramfs-tools", "kmod", "iproute2", "tpm2-tools", "libtss2-tcti-device0"),
+    *("linux-image-cloud-amd64", "initramfs-tools", "kmod", "tpm2-tools", "libtss2-tcti-device0"),
     *("shim-signed", "grub-efi-amd64-signed"),
 )
 STUB: Final = Path("/usr/lib/systemd/boot/efi/linuxx64.efi.stub")
@@ -48,13 +48,11 @@ def make_root() -> Path:
     """The root file system of the machine: a Debian with a kernel, on which the package was installed."""
     tree, root = BUILD / "tree", BUILD / "root"
     run("sh", ROOT / "packaging/tree.sh", tree, *_PACKAGES)
-    (package,) = (ROOT / "dist").glob("cgpu-agent_*.deb")
+    package = max((ROOT / "dist").glob("cgpu-agent_*.deb"), key=lambda path: path.stat().st_mtime)
     shutil.rmtree(root, ignore_errors=True)
     run("cp", "-a", tree, root)
     shutil.copy(package, root)
-    # systemd-tmpfiles wants a /proc; this one ends with the command.
-    inside = ("unshare", "--mount", "--pid", "--fork", f"--mount-proc={root}/proc", "chroot", root)
-    run(*inside, "dpkg", "--install", f"/{package.name}")
+    run("chroot", root, "dpkg", "--install", f"/{package.name}")
     (root / package.name).unlink()
     etc, sbin = root / "etc", root / "usr/local/sbin"
     shutil.copy(_GUEST / "config.toml", etc / "cgpu-agent")
@@ -69,7 +67,7 @@ def make_root() -> Path:
     # All modules would make an initrd that takes the firmware a minute to read and measure.
     (etc / "initramfs-tools/conf.d/vm").write_text("MODULES=list\nRESUME=none\n")
     (etc / "initramfs-tools/modules").write_text("virtio_pci\nvirtio_blk\next4\n")
-    run(*inside, "update-initramfs", "-u")
+    run("chroot", root, "update-initramfs", "-u")
     return root
 
 
