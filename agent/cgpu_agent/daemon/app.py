@@ -34,6 +34,7 @@ from cgpu_agent.daemon.brokers import make_brokers
 from cgpu_agent.daemon.build import build_digest
 from cgpu_agent.daemon.config import Config, GpuConfig
 from cgpu_agent.daemon.gpus import load_judge, load_rules
+from cgpu_agent.daemon.handover import SYSTEMD_LOG, take_over
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded, lease_door
 from cgpu_agent.daemon.watchdog import Watchdog
@@ -55,11 +56,11 @@ from cgpu_agent.domain.store import Store
 from cgpu_agent.domain.timefloor import TimeFloor
 from cgpu_agent.domain.vault import Vault
 from cgpu_agent.errors import AgentError, Misuse
-from cgpu_agent.rpc.addresses import Listener, adopt_listener, bind_listener
 from cgpu_agent.rpc.admission import DoorLimits
 from cgpu_agent.rpc.auditor import Auditor
 from cgpu_agent.rpc.environment import self_check_environment
 from cgpu_agent.rpc.identify import Identifier
+from cgpu_agent.rpc.keptleases import PER_LEASE
 from cgpu_agent.rpc.methods import admin_authorizer, public_authorizer
 from cgpu_agent.wire.bundle import MAX_CERTIFICATE
 
@@ -80,11 +81,6 @@ class SystemClock:
 
     def time(self) -> float:
         return time.time()
-
-
-def _listener(passed: int | None, path: str, mode: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> Listener:
-    """The socket from systemd, or one bound here."""
-    return bind_listener(path, mode, kind) if passed is None else adopt_listener(socket.socket(fileno=passed), kind)
 
 
 def _open_gpus(config: GpuConfig) -> Gpus | None:
@@ -114,15 +110,12 @@ class App:
         self._reload_problem: str | None = None
         self._capabilities = self_check_environment()
         self._build = build_digest()
-        passed = passed_descriptors()
-        unknown = passed.keys() - {"api", "admin", "lease", "systemd-log"}
-        if unknown:
-            raise Misuse("BAD_CONFIG", f"systemd handed over what nobody asked for: {', '.join(sorted(unknown))}")
+        passed = take_over(passed_descriptors(), notifier)
         private = Path(config.runtime_dir)
         self._tpm = TpmOwner(open_tpm(config.tpm.device), command_timeout=config.tpm.command_seconds)
         self._core = Core(
             tpm=self._tpm,
-            logs=SystemLogs(self._boot_log_paths(), Path(config.logs.systemd), passed.get("systemd-log")),
+            logs=SystemLogs(self._boot_log_paths(), Path(config.logs.systemd), passed.named.get(SYSTEMD_LOG)),
             store=Store(private),
             clock=SystemClock(),
             settings=self._settings(),
@@ -139,9 +132,9 @@ class App:
         limits = DoorLimits(max_connections=config.limits.connections, max_per_uid=config.limits.connections_per_uid)
         identifier = Identifier(self._capabilities)
         in_flight = InFlight(config.limits.calls_per_uid, config.limits.calls)
-        api = _listener(passed.get("api"), config.sockets.api, 0o666)
-        admin = _listener(passed.get("admin"), config.sockets.admin, 0o600)
-        lease = _listener(passed.get("lease"), config.sockets.lease, 0o666, socket.SOCK_SEQPACKET)
+        api = passed.listener("api", config.sockets.api, 0o666)
+        admin = passed.listener("admin", config.sockets.admin, 0o600)
+        lease = passed.listener("lease", config.sockets.lease, 0o666, socket.SOCK_SEQPACKET)
         self._public = guarded(
             "api",
             api,
@@ -174,7 +167,9 @@ class App:
             identifier,
             DoorLimits(max_connections=config.limits.leases, max_per_uid=config.limits.leases_per_uid),
             lambda: self._policy.wants_executable,
+            self._lease_store(config),
         )
+        self._kept_leases = passed.leases
         self._watchdog = Watchdog(
             notifier,
             {
@@ -204,6 +199,15 @@ class App:
         limits = config.limits
         sizes = (limits.lease_mib, limits.lease_mib_per_uid, limits.lease_mib_in_all)
         return Leases(LeaseLimits(*(size << 20 for size in sizes)))
+
+    def _lease_store(self, config: Config) -> Notifier | None:
+        """Who keeps leases over a restart."""
+        room, wanted = self._notifier.store_size, PER_LEASE * config.limits.leases
+        if not room:
+            return None
+        if room < wanted:
+            log.warning("not every lease will outlive a restart", file_descriptor_store_max=room, wanted=wanted)
+        return self._notifier
 
     def _release(self, config: Config) -> Release:
         core = self._core
@@ -326,6 +330,7 @@ class App:
         if gpus is not None:
             await gpus.start()  # first of all: nobody watched the GPUs while the agent was away
         await self._audit("agent-start")
+        await self._resume_leases()
         for server in self._servers:
             await server.start()
         self._lease_door.start()
@@ -349,6 +354,13 @@ class App:
                     task.result()  # one that failed ends the daemon, and systemd starts another
         finally:
             await self._shut(tasks)
+
+    async def _resume_leases(self) -> None:
+        """Before anybody can ask for one."""
+        kept, self._kept_leases = self._kept_leases, []
+        if kept:
+            resumed = await asyncio.to_thread(self._lease_door.resume, kept)
+            log.info("leases of the last run go on", kept=len(kept), resumed=resumed)
 
     @property
     def _servers(self) -> tuple[Guarded, Guarded]:

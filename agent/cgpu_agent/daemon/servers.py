@@ -42,6 +42,7 @@ from cgpu_agent.rpc.frontdoor import FrontDoor
 from cgpu_agent.rpc.gpus import GpusService
 from cgpu_agent.rpc.identify import Identified, Identifier
 from cgpu_agent.rpc.interceptor import Gate, Recorder, current_caller
+from cgpu_agent.rpc.keptleases import Store
 from cgpu_agent.rpc.keys import KeysService
 from cgpu_agent.rpc.leasedoor import LeaseDoor
 from cgpu_agent.rpc.measured_boot import MeasuredBootService
@@ -168,6 +169,7 @@ def lease_door(
     identifier: Identifier,
     limits: DoorLimits,
     wants_executable: Callable[[], bool],
+    store: Store | None,
 ) -> LeaseDoor:
     """The door where memory is leased: to callers who may have some object opened, and to nobody else."""
     digests = ExeDigests()
@@ -180,7 +182,7 @@ def lease_door(
         if core.release is None or not core.release.may_open(caller):
             raise Denied("NOT_ALLOWED", "not allowed: no policy lets this caller have an object opened")
 
-    return LeaseDoor(listener, identifier, leases, permit, limits)
+    return LeaseDoor(listener, identifier, leases, permit, limits, store=store)
 
 
 def add_public(core: Core) -> Callable[[grpc.aio.Server], tuple[str, ...]]:

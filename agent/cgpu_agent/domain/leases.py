@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from cgpu_agent.backends.memory import SharedMemory
 from cgpu_agent.domain.caller import Caller
-from cgpu_agent.errors import Denied, Exhausted, Misuse
+from cgpu_agent.errors import Denied, Exhausted, Misuse, Unavailable
 from cgpu_agent.wire.lease import ID_SIZE
 
 
@@ -46,20 +46,27 @@ class Lease:
         id: 128 random bits. It names the lease and gives no right to it.
     """
 
-    def __init__(self, holder: Process, memory: SharedMemory, source: int | None) -> None:
-        self.id = secrets.token_bytes(ID_SIZE)
+    def __init__(self, holder: Process, memory: SharedMemory, source: int | None, kept: bytes | None = None) -> None:
+        self.id = kept or secrets.token_bytes(ID_SIZE)
         self.holder = holder
         self.memory = memory
         self.busy = False
         self._source = source
+        self._restarted = kept is not None
         self._lock = threading.Lock()
 
     def source(self) -> int:
         """A descriptor of the sealed object that came with the lease, for the asker to close. It outlives the lease:
         a number that was closed and given out again would be another file.
 
-        Raises ``Misuse`` (``NO_SOURCE``).
+        Raises ``Misuse`` (``NO_SOURCE``), ``Unavailable`` (``SOURCE_LOST``).
         """
+        if self._restarted:
+            raise Unavailable(
+                "SOURCE_LOST",
+                "the agent started anew and has the sealed object's descriptor no more; take a new lease",
+                retry_after=0.1,
+            )
         with self._lock:
             if self._source is None:
                 raise Misuse("NO_SOURCE", "the lease came without a descriptor of a sealed object, or has ended")
@@ -93,16 +100,32 @@ class Leases:
             Exhausted: ``LEASE_LIMIT``.
             Unavailable: ``NO_MEMORY``.
         """
-        with self._charged(holder.caller.uid, size):
-            lease = Lease(holder, SharedMemory(size), source)
-            try:
-                with self._lock:
-                    self._table[lease.id] = lease
+        with self._charged(holder.caller.uid, size), self._listed(Lease(holder, SharedMemory(size), source)) as lease:
+            yield lease
+
+    @contextlib.contextmanager
+    def resumed(self, holder: Process, name: bytes, memory: SharedMemory) -> Iterator[Lease]:
+        """A lease of an earlier run of the agent, by its name and with its memory, as ``granted``: as limits allow.
+
+        What a lease gives is memory alone, so policy is not asked again: it will be, for whatever shall go in there.
+        """
+        lease = Lease(holder, memory, None, name)
+        try:
+            with self._charged(holder.caller.uid, memory.size), self._listed(lease):
                 yield lease
-            finally:
-                with self._lock:
-                    self._table.pop(lease.id, None)
-                lease.close()
+        finally:
+            lease.close()
+
+    @contextlib.contextmanager
+    def _listed(self, lease: Lease) -> Iterator[Lease]:
+        try:
+            with self._lock:
+                self._table[lease.id] = lease
+            yield lease
+        finally:
+            with self._lock:
+                self._table.pop(lease.id, None)
+            lease.close()
 
     @contextlib.contextmanager
     def borrowed(self, name: bytes, process: Process) -> Iterator[Lease]:

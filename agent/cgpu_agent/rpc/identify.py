@@ -6,6 +6,7 @@ still alive *after* they were read: a pid in use cannot have been recycled.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import threading
@@ -100,6 +101,12 @@ class Identified:
         if self.caller.identity_strength != "pidfd" or other.caller.identity_strength != "pidfd":
             return False
         return self.pidfd_inode == other.pidfd_inode and self.alive() and other.alive()
+
+    def mark(self) -> str:
+        """32 hex digits: the same for the same process while it is what it was, also in another run of the agent."""
+        caller = self.caller
+        told = repr((caller.uid, caller.gid, caller.pid, self.pidfd_inode, self.facts))
+        return hashlib.sha256(told.encode()).hexdigest()[:32]
 
     def close(self) -> None:
         """Give the pidfd up; from here on the caller counts as gone. Idempotent."""

@@ -1,0 +1,311 @@
+"""The agent starts anew, in order or after a crash: no lease is lost, none is another's, nothing half is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cgpu_agent.backends import memory
+from cgpu_agent.client import AgentError
+from cgpu_agent.client.calls import open_sealed
+from cgpu_agent.client.connect import translate
+from cgpu_agent.client.lease import LeasedMemory
+from cgpu_agent.errors import Denied, Unavailable
+from fixtures.daemon import PATIENCE
+from fixtures.restarting import CUT, NAME, PLAIN, Restarting, restarting_daemon
+from fixtures.sealed import seal
+from fixtures.stuckfs import can_mount, stuck
+
+pytestmark = pytest.mark.swtpm
+
+# Takes a lease of one page, says so, and does what it is told: "exec", to be another program, or else to end.
+_HOLDER = """
+import os, socket, sys
+sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+sock.connect(sys.argv[1])
+sock.send(b"cgpu/lease/1\\0\\0" + (4096).to_bytes(8, "big"))
+data, fds, _, _ = socket.recv_fds(sock, 512, 1)
+sock.set_inheritable(True)
+print(data.hex(), flush=True)
+if sys.stdin.readline() == "exec\\n":
+    os.execv("/bin/sleep", ["sleep", "600"])
+"""
+
+
+@pytest.fixture
+def machine() -> Iterator[Restarting]:
+    with restarting_daemon() as found:
+        yield found
+
+
+@contextlib.contextmanager
+def holder(machine: Restarting) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", _HOLDER, machine.daemon.lease_socket]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        yield process
+    finally:
+        process.kill()
+        with process:
+            process.wait()
+
+
+def tell(process: subprocess.Popen[str], word: str) -> None:
+    assert process.stdin is not None
+    print(word, file=process.stdin, flush=True)
+
+
+def opened(machine: Restarting, lease: LeasedMemory) -> None:
+    """Open the object into a lease. Raises ``AgentError``."""
+    call = open_sealed(NAME.key_id, lease.id, NAME.object_id, NAME.version, CUT)
+    with machine.daemon.client() as agent:
+        stream = agent._stubs["Keys"].OpenSealed(call.request, timeout=PATIENCE)
+        try:
+            assert [answer.whole for answer in stream][-1]
+        except grpc.RpcError as error:
+            raise translate(error, machine.daemon.socket) from None
+
+
+def ended(lease: LeasedMemory) -> bool:
+    """Whether the agent has let go of the lease's connection."""
+    lease._connection.settimeout(PATIENCE)
+    return lease._connection.recv(1) == b""
+
+
+def alive(lease: LeasedMemory) -> bool:
+    lease._connection.setblocking(False)
+    try:
+        lease._connection.recv(1)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def said(machine: Restarting, what: str) -> bool:
+    return any(what in line for line in machine.daemon.journal)
+
+
+def is_socket(fd: int) -> bool:
+    return stat.S_ISSOCK(os.fstat(fd).st_mode)
+
+
+@contextlib.contextmanager
+def kept_copy(machine: Restarting) -> Iterator[int]:
+    """A descriptor of the one memory that systemd keeps."""
+    (found,) = [fd for _, fd in machine.daemon.manager.store if not is_socket(fd)]
+    fd = os.dup(found)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def test_a_restart_and_a_crash_lose_no_lease_and_its_end_leaves_nothing(machine: Restarting) -> None:
+    machine.start()
+    with machine.object.open("rb") as source:
+        lease = machine.lease(source)
+        opened(machine, lease)
+        for again in (machine.restart, machine.crash, machine.restart):
+            again()
+            assert bytes(lease.view) == PLAIN
+            assert alive(lease)
+            assert len(machine.kept) == 2
+        assert said(machine, "leases of the last run go on kept=1 resumed=1")
+        with kept_copy(machine) as memory_fd:
+            lease.close()
+            assert machine.holds(0)
+            assert os.fstat(memory_fd).st_blocks == 0
+        machine.restart()
+        machine.lease(source).close()
+
+
+def test_a_lease_of_the_last_run_has_its_memory_but_no_object_and_says_to_take_another(machine: Restarting) -> None:
+    machine.start()
+    with machine.object.open("rb") as source:
+        lease = machine.lease(source)
+        machine.crash()
+        with pytest.raises(Unavailable) as caught:
+            opened(machine, lease)
+        assert (caught.value.slug, caught.value.retry_after) == ("SOURCE_LOST", 0.1)
+        lease.close()
+        another = machine.lease(source)
+        opened(machine, another)
+        assert bytes(another.view) == PLAIN
+
+
+def test_leases_of_the_last_run_count(machine: Restarting) -> None:
+    machine.daemon.tables["limits"] += "\nleases_per_uid = 2"
+    machine.configure()
+    machine.start()
+    with machine.object.open("rb") as source:
+        held = [machine.lease(source) for _ in range(2)]
+        machine.crash()
+        with pytest.raises(AgentError) as caught:
+            machine.lease(source)
+        assert caught.value.slug == "LEASE_LIMIT"
+        assert all(map(alive, held))
+        machine.daemon.kill()
+        machine.daemon.tables["limits"] = "lease_mib_per_uid = 1\nleases_per_uid = 1"
+        machine.configure()
+        machine.start()
+        assert machine.holds(2)
+        assert sorted(map(alive, held)) == [False, True]
+        assert said(machine, "LEASE_LIMIT")
+
+
+def test_memory_that_was_being_filled_is_wiped(machine: Restarting) -> None:
+    plain = PLAIN * 800
+    machine.object.write_bytes(seal(plain, NAME, segment_size=CUT))
+    machine.start()
+    with machine.object.open("rb") as source, machine.daemon.client() as agent:
+        lease = machine.lease(source, len(plain))
+        call = open_sealed(NAME.key_id, lease.id, NAME.object_id, NAME.version, CUT)
+        stream = agent._stubs["Keys"].OpenSealed(call.request, timeout=PATIENCE)
+        assert not next(stream).whole
+        machine.daemon.kill()
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stream)
+        assert translate(caught.value, machine.daemon.socket).retry_after is not None
+        assert lease.view[: 1 << 20] == plain[: 1 << 20]
+        machine.start()
+        assert bytes(lease.view) == bytes(len(plain))
+        assert alive(lease)
+
+
+def test_who_dies_while_the_agent_is_away_leaves_nothing(machine: Restarting) -> None:
+    machine.start()
+    with holder(machine) as process, kept_copy(machine) as memory_fd:
+        os.pwrite(memory_fd, b"plaintext", 0)
+        machine.daemon.kill()
+        machine.daemon.manager.release(lambda _name: False)
+        process.kill()
+        process.wait()
+        machine.start()
+        assert machine.holds(0)
+        assert os.fstat(memory_fd).st_blocks == 0
+
+
+def test_who_is_another_program_meanwhile_has_no_lease(machine: Restarting) -> None:
+    machine.start()
+    with holder(machine) as process:
+        machine.daemon.kill()
+        tell(process, "exec")
+        while "sleep" not in Path(f"/proc/{process.pid}/comm").read_text():
+            pass
+        machine.start()
+        assert machine.holds(0)
+        assert said(machine, "CALLER_CHANGED")
+
+
+def test_one_holders_lease_is_not_given_to_another(machine: Restarting) -> None:
+    """Whoever mixed up the descriptors that are kept: the kernel says who is at the other end."""
+    machine.start()
+    with holder(machine), machine.object.open("rb") as source:
+        lease = machine.lease(source)
+        opened(machine, lease)
+        machine.daemon.kill()
+        (one, a), (_, b), (other, c), (_, d) = machine.daemon.manager.store
+        first, second = (a, b) if is_socket(a) else (b, a), (c, d) if is_socket(c) else (d, c)
+        machine.daemon.manager.store[:] = [(one, second[0]), (one, first[1]), (other, first[0]), (other, second[1])]
+        machine.start()
+        assert machine.holds(0)
+        assert ended(lease)
+        assert bytes(lease.view) == bytes(len(PLAIN))
+
+
+def _memfd(size: int = CUT, seals: int = memory._SEALS, mode: int = os.O_RDWR) -> int:
+    fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    again = os.open(f"/proc/self/fd/{fd}", mode)
+    os.close(fd)
+    return again
+
+
+def _connection() -> int:
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    _LIVING.append(other)
+    return one.detach()
+
+
+_LIVING: list[socket.socket] = []
+_NAME = f"lease-{'00' * 16}-{'11' * 16}"
+STRANGE: dict[str, tuple[str, Callable[[], list[int]]]] = {
+    "another name": ("tpm", lambda: [_memfd()]),
+    "no name": ("stored", lambda: [_connection()]),
+    "half a name": ("lease-00", lambda: [_connection(), _memfd()]),
+    "a longer name": (_NAME + "0", lambda: [_connection(), _memfd()]),
+    "capitals": (_NAME.replace("11", "AA"), lambda: [_connection(), _memfd()]),
+    "no memory": (_NAME, lambda: [_connection()]),
+    "no connection": (_NAME, lambda: [_memfd()]),
+    "two connections": (_NAME, lambda: [_connection(), _connection()]),
+    "two memories": (_NAME, lambda: [_connection(), _memfd(), _memfd()]),
+    "memory that can be cut": (_NAME, lambda: [_connection(), _memfd(seals=0)]),
+    "memory to read": (_NAME, lambda: [_connection(), _memfd(mode=os.O_RDONLY)]),
+    "no bytes": (_NAME, lambda: [_connection(), _memfd(0)]),
+    "a pipe": (_NAME, lambda: [_connection(), os.pipe()[0]]),
+    "a stream": (_NAME, lambda: [socket.socketpair()[0].detach(), _memfd()]),
+    "a network socket": (_NAME, lambda: [socket.socket().detach(), _memfd()]),
+    "nobody's connection": (_NAME, lambda: [_connection(), _memfd()]),
+}
+
+
+def test_what_the_agent_did_not_give_away_is_closed_and_said(machine: Restarting) -> None:
+    store = machine.daemon.manager.store
+    for number, (name, make) in enumerate(STRANGE.values()):
+        store += [(name.replace("lease-0000", f"lease-{number:04x}"), fd) for fd in make()]
+    machine.start()
+    assert machine.holds(0)
+    closed = [line for line in machine.daemon.journal if "closed what systemd had kept" in line]
+    assert len(closed) == len(STRANGE) - 1
+    assert said(machine, "a lease of the last run does not go on reason=CALLER_CHANGED")
+    with machine.object.open("rb") as source:
+        opened(machine, machine.lease(source))
+    targets = [str(path.readlink()) for path in Path(f"/proc/{machine.daemon.pid}/fd").iterdir()]
+    assert not [target for target in targets if target.startswith("/memfd:x")]
+
+
+def test_a_stop_ends_leases(machine: Restarting) -> None:
+    machine.start()
+    with machine.object.open("rb") as source:
+        lease = machine.lease(source)
+        assert machine.daemon.stop() == 0
+        assert ended(lease)
+        machine.start()
+        with pytest.raises(Denied) as caught:
+            opened(machine, lease)
+        assert caught.value.slug == "NO_LEASE"
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs root and FUSE")
+def test_an_opening_that_is_cut_by_a_stop_can_be_tried_again(machine: Restarting, tmp_path: Path) -> None:
+    machine.start()
+    content = seal(PLAIN[: 4 * CUT], NAME, segment_size=CUT)
+    with stuck(tmp_path / "fs", "read", content) as path, path.open("rb") as source:
+        lease = machine.lease(source)
+        with pytest.raises(Unavailable) as caught, ending(machine):
+            opened(machine, lease)
+        assert caught.value.retry_after is not None
+        assert bytes(lease.view) == bytes(len(PLAIN))
+
+
+@contextlib.contextmanager
+def ending(machine: Restarting) -> Iterator[None]:
+    process = machine.daemon.process
+    assert process is not None
+    stopper = subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(1); os.kill({process.pid}, 15)"])
+    yield
+    stopper.wait()
+    assert process.wait(PATIENCE) == 0
