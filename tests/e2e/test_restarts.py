@@ -22,7 +22,7 @@ from cgpu_agent.client.connect import translate
 from cgpu_agent.client.lease import LeasedMemory
 from cgpu_agent.errors import Denied, Unavailable
 from fixtures.daemon import PATIENCE
-from fixtures.restarting import CUT, NAME, PLAIN, Restarting, restarting_daemon
+from fixtures.restarting import CUT, NAME, PLAIN, SECRET, Restarting, restarting_daemon
 from fixtures.sealed import seal
 from fixtures.stuckfs import can_mount, stuck
 
@@ -104,6 +104,7 @@ def is_socket(fd: int) -> bool:
 @contextlib.contextmanager
 def kept_copy(machine: Restarting) -> Iterator[int]:
     """A descriptor of the one memory that systemd keeps."""
+    assert machine.holds(2)
     (found,) = [fd for _, fd in machine.daemon.manager.store if not is_socket(fd)]
     fd = os.dup(found)
     try:
@@ -128,7 +129,10 @@ def test_a_restart_and_a_crash_lose_no_lease_and_its_end_leaves_nothing(machine:
             assert machine.holds(0)
             assert os.fstat(memory_fd).st_blocks == 0
         machine.restart()
-        machine.lease(source).close()
+        lease = machine.lease(source)
+        assert machine.holds(2)
+        lease.close()
+        assert machine.holds(0)
 
 
 def test_a_lease_of_the_last_run_has_its_memory_but_no_object_and_says_to_take_another(machine: Restarting) -> None:
@@ -145,19 +149,20 @@ def test_a_lease_of_the_last_run_has_its_memory_but_no_object_and_says_to_take_a
         assert bytes(another.view) == PLAIN
 
 
-def test_leases_of_the_last_run_count(machine: Restarting) -> None:
+@pytest.mark.parametrize("limit", ["leases_per_uid = 1", "lease_mib_per_uid = 1"])
+def test_leases_of_the_last_run_count(machine: Restarting, limit: str) -> None:
     machine.daemon.tables["limits"] += "\nleases_per_uid = 2"
     machine.configure()
     machine.start()
     with machine.object.open("rb") as source:
-        held = [machine.lease(source) for _ in range(2)]
+        held = [machine.lease(source, 700 << 10) for _ in range(2)]
         machine.crash()
         with pytest.raises(AgentError) as caught:
             machine.lease(source)
         assert caught.value.slug == "LEASE_LIMIT"
         assert all(map(alive, held))
         machine.daemon.kill()
-        machine.daemon.tables["limits"] = "lease_mib_per_uid = 1\nleases_per_uid = 1"
+        machine.daemon.tables["limits"] = limit
         machine.configure()
         machine.start()
         assert machine.holds(2)
@@ -215,6 +220,7 @@ def test_one_holders_lease_is_not_given_to_another(machine: Restarting) -> None:
     with holder(machine), machine.object.open("rb") as source:
         lease = machine.lease(source)
         opened(machine, lease)
+        assert machine.holds(4)
         machine.daemon.kill()
         (one, a), (_, b), (other, c), (_, d) = machine.daemon.manager.store
         first, second = (a, b) if is_socket(a) else (b, a), (c, d) if is_socket(c) else (d, c)
@@ -256,6 +262,7 @@ STRANGE: dict[str, tuple[str, Callable[[], list[int]]]] = {
     "memory to read": (_NAME, lambda: [_connection(), _memfd(mode=os.O_RDONLY)]),
     "no bytes": (_NAME, lambda: [_connection(), _memfd(0)]),
     "a pipe": (_NAME, lambda: [_connection(), os.pipe()[0]]),
+    "one more": (_NAME, lambda: [_connection(), _memfd(), os.pipe()[0]]),
     "a stream": (_NAME, lambda: [socket.socketpair()[0].detach(), _memfd()]),
     "a network socket": (_NAME, lambda: [socket.socket().detach(), _memfd()]),
     "nobody's connection": (_NAME, lambda: [_connection(), _memfd()]),
@@ -275,6 +282,16 @@ def test_what_the_agent_did_not_give_away_is_closed_and_said(machine: Restarting
         opened(machine, machine.lease(source))
     targets = [str(path.readlink()) for path in Path(f"/proc/{machine.daemon.pid}/fd").iterdir()]
     assert not [target for target in targets if target.startswith("/memfd:x")]
+
+
+def test_the_status_line_counts_callers_and_keys(machine: Restarting) -> None:
+    machine.start()
+    with machine.daemon.client() as agent:
+        for _ in range(2):
+            assert agent.get_key("near", plain=True).secret == SECRET
+        with pytest.raises(Denied):
+            agent.get_key("far", plain=True)
+        assert machine.daemon.shows("; 1 callers; 2 keys released; 1 denied")
 
 
 def test_a_stop_ends_leases(machine: Restarting) -> None:

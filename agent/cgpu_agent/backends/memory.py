@@ -144,10 +144,7 @@ def adopted(fd: int) -> SharedMemory:
     try:
         found = os.fstat(fd)
         sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
-        writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-        if not (
-            sealed and writable and stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_size
-        ):
+        if not (sealed and stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_size):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     except OSError as error:
         os.close(fd)

@@ -37,7 +37,7 @@ from cgpu_agent.daemon.gpus import load_judge, load_rules
 from cgpu_agent.daemon.handover import SYSTEMD_LOG, take_over
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded, lease_door
-from cgpu_agent.daemon.watchdog import Watchdog
+from cgpu_agent.daemon.watchdog import Heartbeat, Watchdog
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.core import Core, Settings, is_final
 from cgpu_agent.domain.gpujudge import GpuJudge
@@ -67,6 +67,7 @@ from cgpu_agent.wire.bundle import MAX_CERTIFICATE
 _DRAIN_SECONDS = 5.0
 _STATUS_SECONDS = 1.0
 _PROBE_SECONDS = 5.0
+_DISK_SECONDS = 60.0
 _FIXED = ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "platform", "gpu", "limits", "key", *BROKER_TABLES)
 """What of the configuration takes a restart."""
 
@@ -170,16 +171,24 @@ class App:
             self._lease_store(config),
         )
         self._kept_leases = passed.leases
-        self._watchdog = Watchdog(
-            notifier,
-            {
-                "TPM thread": (self._tpm.heartbeat_age, 2.0 * config.tpm.request_seconds),
-                "front door": (self._public.door.heartbeat_age, 10.0),
-                "admin door": (self._admin.door.heartbeat_age, 10.0),
-                "lease door": (self._lease_door.heartbeat_age, 10.0),
-            },
-        )
-        self._started = time.monotonic()
+        self._started = self._kept_up = time.monotonic()
+        self._watchdog = Watchdog(notifier, self._heartbeats(config))
+
+    def _heartbeats(self, config: Config) -> dict[str, Heartbeat]:
+        """Whose silence ends this run of the agent. The event loop's does, because it feeds the watchdog."""
+        slow = 60.0 + 4.0 * config.tpm.request_seconds
+        found: dict[str, Heartbeat] = {
+            "TPM thread": (self._tpm.heartbeat_age, 2.0 * config.tpm.request_seconds),
+            "front door": (self._public.door.heartbeat_age, 10.0),
+            "admin door": (self._admin.door.heartbeat_age, 10.0),
+            "lease door": (self._lease_door.heartbeat_age, 10.0),
+            "upkeep": (lambda now: now - self._kept_up, slow),
+        }
+        if self._core.audit is not None:
+            found["audit writer"] = (self._core.audit.heartbeat_age, _DISK_SECONDS)
+        if self._core.gpus is not None:
+            found["GPU watch"] = (self._core.gpus.heartbeat_age, slow)
+        return found
 
     def _platform(self, config: Config) -> PlatformBelow:
         store, seconds = PlatformStore(Path(config.platform.collateral)), float(config.tpm.request_seconds)
@@ -344,7 +353,10 @@ class App:
             await self._show()
             self._notifier.ready()
             log.info("ready", version=__version__, socket=self._public.public_path)
-            tasks |= {asyncio.create_task(work) for work in (self._tick(), self._probe(), self._reloads(reload))}
+            tasks |= {
+                asyncio.create_task(work)
+                for work in (self._beat(), self._keep_up(), self._probe(), self._reloads(reload))
+            }
             if gpus is not None:
                 tasks |= {asyncio.create_task(work) for work in (gpus.run(), self._tell_gpus(gpus))}
             running: set[asyncio.Task[Any]] = tasks
@@ -404,16 +416,22 @@ class App:
                 log.info("serving evidence", agent_ak=self._core.boot.keys.agent_ak_name.hex())
                 return
 
-    async def _tick(self) -> None:
+    async def _beat(self) -> None:
+        """Show the state, and that it moves. Waits for nobody, so that it can also show what does not."""
         while True:
             await asyncio.sleep(_STATUS_SECONDS)
             self._watchdog.feed(time.monotonic())
+            await self._show()
+
+    async def _keep_up(self) -> None:
+        while True:
+            await asyncio.sleep(_STATUS_SECONDS)
+            self._kept_up = time.monotonic()
             if await self._core.watch_vm():
                 log.error("this VM was restored from a snapshot, or copied")
                 await self._audit("vm-restored")
             await self._audit_denials()
             await self._follow()
-            await self._show()
 
     async def _follow(self) -> None:
         """Have the latch of the sealed keys as the machine is."""

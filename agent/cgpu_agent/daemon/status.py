@@ -25,12 +25,19 @@ def line(core: Core, servers: Sequence[Guarded], stuck: Sequence[str], reload_pr
     """The state in one line of truth."""
     api = servers[0]
     denied = sum(count for (_, code), count in api.gate.calls.items() if code == "PERMISSION_DENIED")
-    parts = [core.line(), f"{api.door.stats().open} callers", f"{denied} denied"]
+    parts = [core.line(), f"{api.door.stats().open} callers", *_work(core), f"{denied} denied"]
     if stuck:
         parts.insert(1, f"STUCK: {', '.join(stuck)}")
     if reload_problem:
         parts.append(f"configuration: {reload_problem}")
     return "; ".join(parts)
+
+
+def _work(core: Core) -> list[str]:
+    """What was done for callers since the start, as far as this machine offers it."""
+    if core.release is None:
+        return []
+    return [f"{sum(count for (_, what), count in core.release.outcomes.items() if what == 'released')} keys released"]
 
 
 def compose(

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import random
 import secrets
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -58,12 +59,12 @@ class GpuView:
 
     @property
     def line(self) -> str:
-        """For the status line."""
+        """In words."""
         if self.reason is not None:
             return f"GPUs not ready: {self.reason.message}"
         count = sum(session.phase == "trusted" for session in self.sessions)
         simulated = any(session.verdict is not None and session.verdict.simulated for session in self.sessions)
-        return f"{count} {'simulated ' if simulated else ''}GPU{'' if count == 1 else 's'} ready"
+        return f"{count}/{len(self.sessions)} {'simulated ' if simulated else ''}GPUs trusted"
 
 
 class GpuSessions:
@@ -74,6 +75,9 @@ class GpuSessions:
         recorder: where the result is put on record, before it takes effect.
         rng: for the jitter of re-attestation.
         nonce: makes 32 fresh bytes.
+
+    Attributes:
+        attestations: how many ended ``trusted`` or ``refused``.
     """
 
     def __init__(
@@ -106,6 +110,8 @@ class GpuSessions:
         self._began = -_LONGEST_WAIT
         self._due = -_LONGEST_WAIT
         self._failures = 0
+        self.attestations: Counter[str] = Counter()
+        self._trusted_at: float | None = None
         self._ticked = clock.monotonic()
         self._recorded = False
         self._unrecorded: Reason | None = None
@@ -127,6 +133,18 @@ class GpuSessions:
         reason = None if ready else state.why if kind == "not-ready" else NO_GPUS
         return GpuView(self._gpus.kind, kind, reason, state.epoch, self._running is not None, state.sessions)
 
+    @property
+    def age(self) -> float | None:
+        """Seconds since all GPUs were last attested with success."""
+        return None if self._trusted_at is None else self._clock.monotonic() - self._trusted_at
+
+    def line(self) -> str:
+        """For the status line; empty where there are no GPUs."""
+        view, age = self.view(), self.age
+        if view.state == "none":
+            return ""
+        return view.line if view.reason is not None or age is None else f"{view.line} {int(age // 60)} min ago"
+
     def problems(self) -> list[Reason]:
         """What an operator should look at."""
         view = self.view()
@@ -147,9 +165,13 @@ class GpuSessions:
                 return
             await changed.wait()
 
-    def heartbeat_age(self, now: float) -> float:
-        """As ``Gpus.heartbeat_age``."""
-        return self._gpus.heartbeat_age(now)
+    def heartbeat_age(self, _now: float) -> float:
+        """Seconds since the last look at clocks and devices began.
+
+        A device that hangs is not counted: that ends its calls and closes the ready state, while a restart could not
+        even end a thread that the driver holds, and would take the boot's evidence away with the GPUs'.
+        """
+        return self._clock.monotonic() - self._ticked
 
     def _tell(self) -> None:
         self._changed.set()
@@ -339,8 +361,11 @@ class GpuSessions:
     def _ended(self, _task: asyncio.Task[None]) -> None:
         self._running = None
         now = self._clock.monotonic()
-        if self.state.gate == "open":
+        trusted = self.state.gate == "open"
+        self.attestations["trusted" if trusted else "refused"] += 1
+        if trusted:
             self._failures = 0
+            self._trusted_at = now
             self._due = now + self._rules.reattest_seconds * self._rng.uniform(0.5, 0.8)
         else:
             self._failures += 1

@@ -7,6 +7,7 @@ GPU that was lost meanwhile, a policy that was reloaded, ends the release.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -18,7 +19,7 @@ from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.policy import Action, Decision, Key
 from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.wrap import load_recipient, wrap
-from cgpu_agent.errors import Denied, HostileInput, Misuse, Unavailable
+from cgpu_agent.errors import AgentError, Denied, HostileInput, Misuse, Unavailable
 from cgpu_agent.wire.bundle import KeyRelease
 from cgpu_agent.wire.delivery import DeliveryContext
 from cgpu_agent.wire.sealed import KEY_SIZE, ObjectName
@@ -79,6 +80,10 @@ class Release:
         audit: the log; ``None`` where none can be kept: then nothing is released.
         machine: what a broker may have shown.
         rate: how often a caller may ask.
+
+    Attributes:
+        outcomes: how often a key was ``released`` or ``refused``, by (broker, outcome); the broker is ``none`` where
+            there is no such key.
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class Release:
         self._machine = machine
         self._rate = rate
         self._clock = clock
+        self.outcomes: Counter[tuple[str, str]] = Counter()
 
     def offers(self, caller: Caller) -> list[tuple[Key, bool, bool, bool]]:
         """The keys that this caller may use now: each, whether wrapped, in plain, and to have objects opened."""
@@ -166,6 +172,19 @@ class Release:
         return any(self._decide(caller, Action.KEY_OPEN, spec.key).allowed for spec in self._keys.values())
 
     async def _release(
+        self, caller: Caller, action: Action, name: str, digest: bytes | None, how: Mapping[str, object], begin: Begin
+    ) -> _Released:
+        spec = self._keys.get(name)
+        broker = "none" if spec is None else spec.key.broker
+        try:
+            released = await self._let_go(caller, action, name, digest, how, begin)
+        except AgentError:
+            self.outcomes[broker, "refused"] += 1
+            raise
+        self.outcomes[broker, "released"] += 1
+        return released
+
+    async def _let_go(
         self, caller: Caller, action: Action, name: str, digest: bytes | None, how: Mapping[str, object], begin: Begin
     ) -> _Released:
         """What every release goes through. When it returns nothing has changed, and from then on nothing may wait."""
