@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Callable
@@ -53,6 +54,8 @@ MAX_RESPONSE = 32 << 20
 MAX_STREAMS = 128
 """Calls at a time on one connection; a client with more of them waits."""
 
+_LAST_WORD_SECONDS = 2.0
+
 SELF_CHECK = "/cgpu.agent.internal.SelfCheck/Pid"
 """Answers the caller's pid, to the daemon itself only: how it proves at start that identities reach handlers."""
 
@@ -90,10 +93,13 @@ class Guarded:
         await self.health.set("", status)
 
     async def stop(self, grace: float) -> None:
-        """Take no new callers, let running calls end within ``grace`` seconds, then cut."""
+        """Take no new callers; let running calls end within ``grace`` seconds; end the rest with a word, then cut."""
         self.door.stop_accepting()
         await self.health.enter_graceful_shutdown()
-        await self.server.stop(grace)
+        stopping = asyncio.ensure_future(self.server.stop(grace + _LAST_WORD_SECONDS))
+        await asyncio.wait([stopping], timeout=grace)
+        self.gate.end()
+        await stopping
         self.door.close()
 
 

@@ -130,8 +130,16 @@ class Gate(grpc.aio.ServerInterceptor):
         self._wants_executable = wants_executable
         self._wrapped: dict[str, Any] = {}
         self._throttle = _LogThrottle()
+        self._running: set[asyncio.Task[Any]] = set()
+        self._ended = False
         self.calls: Counter[tuple[str, str]] = Counter()
         """Calls ended so far, by (method, gRPC code name)."""
+
+    def end(self) -> None:
+        """End the calls that run, and tell whoever made them to try again; the agent stops."""
+        self._ended = True
+        for task in self._running:
+            task.cancel()
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
@@ -202,6 +210,7 @@ class Gate(grpc.aio.ServerInterceptor):
         """Around a handler: let nobody in who may not, hold a slot, and let no unknown error out."""
         caller: Caller | None = None
         code = grpc.StatusCode.CANCELLED
+        task = asyncio.current_task()
         ended: Callable[[str], Awaitable[None]] | None = None
 
         async def begin(decided: Decision) -> None:
@@ -210,6 +219,8 @@ class Gate(grpc.aio.ServerInterceptor):
                 ended = await self._recorder.begins(caller, method, decided)
 
         try:
+            if task is not None:
+                self._running.add(task)
             connection, caller = self._identified(context)
             caller = await self._for_policy(connection, caller)
             decision = self._permitted(caller, method)
@@ -227,6 +238,11 @@ class Gate(grpc.aio.ServerInterceptor):
             code = code_of(error)
             self._report(method, caller, error)
             await abort(context, error)
+        except asyncio.CancelledError:
+            if not self._ended:
+                raise  # the caller hung up
+            code = grpc.StatusCode.UNAVAILABLE
+            await abort(context, Unavailable("AGENT_STOPPING", "the agent is stopping", retry_after=1.0))
         except grpc.aio.AbortError:
             code = grpc.StatusCode.UNKNOWN  # the handler chose it, and grpc does not say
             raise
@@ -239,6 +255,8 @@ class Gate(grpc.aio.ServerInterceptor):
                 context, AgentError("INTERNAL", f"internal error, incident {incident} in the agent's journal")
             )
         finally:
+            if task is not None:
+                self._running.discard(task)
             self.calls[method, code.name] += 1
             if ended is not None:
                 await ended(code.name)

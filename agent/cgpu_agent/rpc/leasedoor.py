@@ -251,7 +251,7 @@ class LeaseDoor:
             return None
         with self._lock:
             if self._stopping.is_set():
-                raise Unavailable("NOT_READY", "the agent is stopping", retry_after=1.0)
+                raise Unavailable("AGENT_STOPPING", "the agent is stopping", retry_after=1.0)
             self._kept.add(sock)
         name = kept_name(lease.id, holder.mark())
         self._store.keep(name, (sock.fileno(), lease.memory.kept_by))
