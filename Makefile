@@ -1,6 +1,6 @@
 # "make help" lists every target; the two that matter are "make demo" and "make test".
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench transfer-sweep campaign kills hostile-host soak install install-vm install-verifier uninstall deb test-systemd test-vm dist clean
+.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench transfer-sweep campaign kills restarts hostile-host soak install install-vm install-verifier uninstall deb test-systemd test-vm dist clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -74,6 +74,9 @@ campaign: dev ## 100,000 mutants of evidence bundles, none may be accepted (MUTA
 
 kills: dev ## 500 times kill -9 under load: the agent, its TPM, the machine, OpenBao; no key may be lost (KILLS=n, SEED=n)
 	cd tests && ../$(BIN)/python -m fixtures.kills --rounds $(KILLS) $(if $(SEED),--seed $(SEED))
+
+restarts: dev ## 100 restarts under load, in order and by kill -9; no lease may be lost, no call fail for good (N=n, SEED=n)
+	cd tests && ../$(BIN)/python -m fixtures.restarts $(if $(filter command line,$(origin N)),--rounds $(N)) $(if $(SEED),--seed $(SEED))
 
 hostile-host: dev ## 100,000 interferences with encrypted transfers (N=n), none may be accepted
 	INTERFERENCES=$(N) $(BIN)/python -m pytest --timeout 0 tests/attacks/test_transfer_host.py

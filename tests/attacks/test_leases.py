@@ -23,7 +23,8 @@ from cgpu_agent.domain.leases import LeaseLimits
 from cgpu_agent.domain.policy import Policy
 from cgpu_agent.errors import AgentError, Denied, Exhausted, Misuse, Unavailable
 from cgpu_agent.rpc.identify import Identified, Identifier
-from cgpu_agent.wire.lease import LeaseRequest
+from cgpu_agent.rpc.leasedoor import LeaseKinds
+from cgpu_agent.wire.lease import LeaseRequest, parse_answer
 from cgpu_agent.wire.sealed import Layout, ObjectName
 from fixtures.leases import CUT, NAME, Lending, Taken, refusal, running, until
 from fixtures.sealed import seal
@@ -125,12 +126,40 @@ def test_who_says_nothing_is_sent_away(tmp_path: Path) -> None:
     running(scenario, patience=0.05)
 
 
-def test_a_word_on_a_lease_ends_it() -> None:
+def test_no_word_can_be_said_on_a_lease() -> None:
+    """Nothing waits there, for systemd to close, when the agent dies."""
+
     async def scenario(lending: Lending) -> None:
         taken = await lending.take(CUT)
-        taken.sock.send(BARE)
-        await lending.idle()
+        for fds in ([], [taken.memory]):
+            with pytest.raises(BrokenPipeError):
+                socket.send_fds(taken.sock, [BARE], fds)
         taken.close()
+        await lending.idle()
+
+    running(scenario)
+
+
+@pytest.mark.parametrize("second", [BARE, b""], ids=["a request", "nothing"])
+def test_two_requests_at_once_are_refused(second: bytes) -> None:
+    async def scenario(lending: Lending) -> None:
+        permit, gate = lending.door._permit, asyncio.Event()
+
+        async def late(who: Identified) -> LeaseKinds:
+            await gate.wait()
+            return await permit(who)
+
+        lending.door._permit = late
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(lending.path)
+            for message in (BARE, second):
+                sock.send(message)
+            gate.set()
+            sock.settimeout(60)
+            answer = parse_answer(await asyncio.to_thread(sock.recv, 512))
+        assert isinstance(answer, Misuse)
+        assert answer.slug == "BAD_LEASE_MESSAGE"
+        await lending.idle()
 
     running(scenario)
 

@@ -108,7 +108,7 @@ def test_gpus_become_ready_are_measured_and_are_shown(site: Daemon, gpus: GpuPro
         assert ready(gpus) is True
         assert [gpu.phase for gpu in found.gpus] == [gpus_pb2.GPU_PHASE_TRUSTED] * 2
         assert all(gpu.simulated and gpu.ueid and gpu.valid_seconds > 0 and not gpu.reason for gpu in found.gpus)
-        assert site.shows("2 simulated GPUs ready")
+        assert site.shows("2/2 simulated GPUs trusted 0 min ago")
         assert agent_events(agent).count("gpu-attested") == 1
         nonce = secrets.token_bytes(32)
         assert judge(agent.get_evidence(nonce, AUDIENCE), nonce).accepted

@@ -56,7 +56,7 @@ def served(gpu: GpuProcess) -> Iterator[Daemon]:
         text = agent.config.read_text().replace("[tpm]", f'metrics = "{agent.folder}/metrics.sock"\n[tpm]', 1)
         agent.configure(text)
         agent.start()
-        assert agent.shows("1 simulated GPU ready")
+        assert agent.shows("1/1 simulated GPUs trusted")
         yield agent
 
 

@@ -15,6 +15,7 @@ from cgpu_agent.daemon.config import Config
 from cgpu_agent.domain.loading import LOADS, PIECE
 from cgpu_agent.ready.__main__ import USER
 from cgpu_agent.ready.identity import UNIT
+from cgpu_agent.rpc.keptleases import PER_LEASE
 from cgpu_agent.wire.ready import SOCKET
 
 UNITS = Path(__file__).resolve().parents[2] / "systemd"
@@ -31,7 +32,8 @@ HELPER, HELPER_SOCKET = UNITS / "cgpu-ready.service", UNITS / "cgpu-ready.socket
 PERSISTENCED = UNITS / "nvidia-persistenced.service.d" / "zz-cgpu-agent.conf"
 EVERY_FILE = [SERVICE, *SOCKETS.values(), METRICS, RELOAD, DEVICE, HELPER, HELPER_SOCKET]
 
-DESCRIPTORS_PER_CALLER = 4  # and as many for a lease
+DESCRIPTORS_PER_CALLER = 4
+DESCRIPTORS_PER_LEASE = 5
 EXPOSURE_ALLOWED = 15  # tenths
 
 needs_analyze = pytest.mark.skipif(
@@ -194,7 +196,7 @@ def test_a_bad_configuration_is_not_retried() -> None:
 
 def test_every_allowed_caller_has_descriptors() -> None:
     limits = Config().limits
-    needed = DESCRIPTORS_PER_CALLER * (limits.connections + limits.leases) + 5 * limits.channels
+    needed = DESCRIPTORS_PER_CALLER * limits.connections + DESCRIPTORS_PER_LEASE * limits.leases + 5 * limits.channels
     assert int(settings(SERVICE)["LimitNOFILE"][0]) >= needed + 1024
 
 
@@ -213,6 +215,13 @@ def test_everything_that_is_staged_for_gpus_can_be_kept_off_swap() -> None:
     staged = Config().limits.channels * (512 << 10) + LOADS * 2 * PIECE
     assert most.endswith("M")
     assert int(most[:-1]) << 20 >= staged
+
+
+def test_every_lease_outlives_a_restart_and_none_a_stop() -> None:
+    service = settings(SERVICE)
+    assert int(service["FileDescriptorStoreMax"][0]) >= PER_LEASE * Config().limits.leases
+    assert f"FDSTORE={service['FileDescriptorStoreMax'][0]}" in service["Environment"]
+    assert "FileDescriptorStorePreserve" not in service
 
 
 def test_the_start_may_wait_for_the_tpm_as_long_as_the_daemon_does() -> None:

@@ -16,23 +16,28 @@ from typing import Final
 from cgpu_agent.backends.memory import discard, fresh, wipe
 from cgpu_agent.errors import Unavailable
 
+WRITABLE: Final = 0o600
+"""The file's mode, by which this memory is told from the other kind when it outlived the agent."""
+
 
 class WorkMemory:
     """Fresh memory, all of it there from the start, never used for anybody else. Any thread may use it.
 
     Args:
         size: bytes, at least 1.
+        kept: a descriptor of such memory, instead of fresh one: see ``keptmemory``. What is in it stays: it is the
+            caller's own.
 
     Raises ``Unavailable`` (``NO_MEMORY``).
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, kept: int | None = None) -> None:
         self.size: Final = size
         self._changed = threading.Condition()
         self._users = 0
         self._closed = False
         try:
-            self._fd: int | None = fresh(size)
+            self._fd = fresh(size, WRITABLE) if kept is None else kept
             try:
                 self._map = mmap.mmap(self._fd, size)
             except BaseException:
@@ -44,12 +49,14 @@ class WorkMemory:
             ) from error
         self._map.madvise(mmap.MADV_DONTDUMP)
 
+    @property
+    def kept_by(self) -> int:
+        """The descriptor by which the memory can be kept beyond this process; stays this object's."""
+        return self._fd
+
     def take_descriptor(self) -> int:
-        """The descriptor for the caller, to read and to write by, once; its owner closes it."""
-        fd, self._fd = self._fd, None
-        if fd is None:
-            raise ValueError("the descriptor was taken")
-        return fd
+        """A descriptor for the caller, to read and to write by; its owner closes it."""
+        return os.dup(self._fd)
 
     @contextlib.contextmanager
     def use(self, offset: int, size: int) -> Iterator[memoryview]:
@@ -82,5 +89,4 @@ class WorkMemory:
         discard(self._map)
         with contextlib.suppress(BufferError):  # a fault that is kept still names a part of it; the pages are gone
             self._map.close()
-        if self._fd is not None:
-            os.close(self._fd)
+        os.close(self._fd)

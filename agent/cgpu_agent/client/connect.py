@@ -92,7 +92,7 @@ def translate(error: Any, path: str) -> AgentError:
     message: str = error.details() or code.name
     slug, retry = _details(error)
     if slug is None:
-        if code is grpc.StatusCode.UNAVAILABLE:
+        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):  # nobody here cancelled it
             return unreachable(path)
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return Unavailable("DEADLINE", "the agent did not answer in time", retry_after=1.0)

@@ -34,10 +34,11 @@ from cgpu_agent.daemon.brokers import make_brokers
 from cgpu_agent.daemon.build import build_digest
 from cgpu_agent.daemon.config import Config, GpuConfig, LogLevel
 from cgpu_agent.daemon.gpus import load_judge, load_rules, offer_transfers
+from cgpu_agent.daemon.handover import SYSTEMD_LOG, Handover, take_over
 from cgpu_agent.daemon.metrics import CountedLeases, families
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded, lease_door
-from cgpu_agent.daemon.watchdog import Watchdog
+from cgpu_agent.daemon.watchdog import Heartbeat, Watchdog
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.core import Core, Settings, is_final
@@ -57,12 +58,12 @@ from cgpu_agent.domain.store import Store
 from cgpu_agent.domain.timefloor import TimeFloor
 from cgpu_agent.domain.vault import Vault
 from cgpu_agent.errors import AgentError, Misuse
-from cgpu_agent.rpc.addresses import Listener, adopt_listener, bind_listener
 from cgpu_agent.rpc.admission import DoorLimits
 from cgpu_agent.rpc.auditor import Auditor
 from cgpu_agent.rpc.environment import self_check_environment
 from cgpu_agent.rpc.identify import Identifier
 from cgpu_agent.rpc.interceptor import LogThrottle
+from cgpu_agent.rpc.keptleases import PER_LEASE
 from cgpu_agent.rpc.methods import admin_authorizer, public_authorizer
 from cgpu_agent.rpc.metricsdoor import MetricsDoor
 from cgpu_agent.wire.bundle import MAX_CERTIFICATE
@@ -72,6 +73,7 @@ _DRAIN_SECONDS = 5.0
 _STATUS_SECONDS = 1.0
 _PROBE_SECONDS = 5.0
 _RENEW_SECONDS = 3600.0
+_DISK_SECONDS = 60.0
 _FIXED = ("runtime_dir", "state_dir", "sockets", "tpm", "logs", "platform", "gpu", "limits", "key", *BROKER_TABLES)
 """What of the configuration takes a restart."""
 
@@ -86,11 +88,6 @@ class SystemClock:
 
     def time(self) -> float:
         return time.time()
-
-
-def _listener(passed: int | None, path: str, mode: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> Listener:
-    """The socket from systemd, or one bound here."""
-    return bind_listener(path, mode, kind) if passed is None else adopt_listener(socket.socket(fileno=passed), kind)
 
 
 def _open_gpus(config: GpuConfig) -> NvmlGpus | SoftwareGpus | None:
@@ -128,15 +125,12 @@ class App:
         self._throttle = LogThrottle()
         self._capabilities = self_check_environment()
         self._build = build_digest()
-        passed = passed_descriptors()
-        unknown = passed.keys() - {"api", "admin", "lease", "metrics", "systemd-log"}
-        if unknown:
-            raise Misuse("BAD_CONFIG", f"systemd handed over what nobody asked for: {', '.join(sorted(unknown))}")
+        passed = take_over(passed_descriptors(), notifier)
         private = Path(config.runtime_dir)
         self._tpm = TpmOwner(open_tpm(config.tpm.device), command_timeout=config.tpm.command_seconds)
         self._core = Core(
             tpm=self._tpm,
-            logs=SystemLogs(self._boot_log_paths(), Path(config.logs.systemd), passed.get("systemd-log")),
+            logs=SystemLogs(self._boot_log_paths(), Path(config.logs.systemd), passed.named.get(SYSTEMD_LOG)),
             store=Store(private),
             clock=SystemClock(),
             settings=self._settings(),
@@ -154,9 +148,9 @@ class App:
         limits = DoorLimits(max_connections=config.limits.connections, max_per_uid=config.limits.connections_per_uid)
         identifier = Identifier(self._capabilities)
         in_flight = InFlight(config.limits.calls_per_uid, config.limits.calls)
-        api = _listener(passed.get("api"), config.sockets.api, 0o666)
-        admin = _listener(passed.get("admin"), config.sockets.admin, 0o600)
-        lease = _listener(passed.get("lease"), config.sockets.lease, 0o666, socket.SOCK_SEQPACKET)
+        api = passed.listener("api", config.sockets.api, 0o666)
+        admin = passed.listener("admin", config.sockets.admin, 0o600)
+        lease = passed.listener("lease", config.sockets.lease, 0o666, socket.SOCK_SEQPACKET)
         self._public = guarded(
             "api",
             api,
@@ -191,18 +185,28 @@ class App:
             DoorLimits(max_connections=config.limits.leases, max_per_uid=config.limits.leases_per_uid),
             lambda: self._policy.wants_executable,
             lambda caller: self._policy.decide(caller, Action.GPU_TRANSFER, self._core.facts()).allowed,
+            self._lease_store(config),
         )
-        self._metrics_door = self._open_metrics(passed.get("metrics"), config.sockets.metrics, identifier)
-        self._watchdog = Watchdog(
-            notifier,
-            {
-                "TPM thread": (self._tpm.heartbeat_age, 2.0 * config.tpm.request_seconds),
-                "front door": (self._public.door.heartbeat_age, 10.0),
-                "admin door": (self._admin.door.heartbeat_age, 10.0),
-                "lease door": (self._lease_door.heartbeat_age, 10.0),
-            },
-        )
-        self._started = time.monotonic()
+        self._metrics_door = self._open_metrics(passed, config.sockets.metrics, identifier)
+        self._kept_leases = passed.leases
+        self._started = self._kept_up = time.monotonic()
+        self._watchdog = Watchdog(notifier, self._heartbeats(config))
+
+    def _heartbeats(self, config: Config) -> dict[str, Heartbeat]:
+        """Whose silence ends this run of the agent. The event loop's does, because it feeds the watchdog."""
+        slow = 60.0 + 4.0 * config.tpm.request_seconds
+        found: dict[str, Heartbeat] = {
+            "TPM thread": (self._tpm.heartbeat_age, 2.0 * config.tpm.request_seconds),
+            "front door": (self._public.door.heartbeat_age, 10.0),
+            "admin door": (self._admin.door.heartbeat_age, 10.0),
+            "lease door": (self._lease_door.heartbeat_age, 10.0),
+            "upkeep": (lambda now: now - self._kept_up, slow),
+        }
+        if self._core.audit is not None:
+            found["audit writer"] = (self._core.audit.heartbeat_age, _DISK_SECONDS)
+        if self._core.gpus is not None:
+            found["GPU watch"] = (self._core.gpus.heartbeat_age, slow)
+        return found
 
     def _platform(self, config: Config) -> PlatformBelow:
         store, seconds = PlatformStore(Path(config.platform.collateral)), float(config.tpm.request_seconds)
@@ -218,11 +222,20 @@ class App:
         seconds = float(config.tpm.request_seconds)
         return Vault(self._tpm, SealedKeys(files), load_approvals(config.sealed), self._core.clock, timeout=seconds)
 
-    def _open_metrics(self, passed: int | None, path: str, identifier: Identifier) -> MetricsDoor | None:
+    def _open_metrics(self, passed: Handover, path: str, identifier: Identifier) -> MetricsDoor | None:
         """Where metrics are read; ``None`` where nobody asked for it."""
-        if passed is None and path == "none":
+        if "metrics" not in passed.named and path == "none":
             return None
-        return MetricsDoor(_listener(passed, path, 0o600), identifier, self.metrics)
+        return MetricsDoor(passed.listener("metrics", path, 0o600), identifier, self.metrics)
+
+    def _lease_store(self, config: Config) -> Notifier | None:
+        """Who keeps leases over a restart."""
+        room, wanted = self._notifier.store_size, PER_LEASE * config.limits.leases
+        if not room:
+            return None
+        if room < wanted:
+            log.warning("not every lease will outlive a restart", file_descriptor_store_max=room, wanted=wanted)
+        return self._notifier
 
     def _release(self, config: Config) -> Release:
         core = self._core
@@ -353,6 +366,7 @@ class App:
         if gpus is not None:
             await gpus.start()  # first of all: nobody watched the GPUs while the agent was away
         await self._audit("agent-start")
+        await self._resume_leases()
         for server in self._servers:
             await server.start()
         self._lease_door.start()
@@ -370,7 +384,7 @@ class App:
             log.info("ready", version=__version__, socket=self._public.public_path)
             tasks |= {
                 asyncio.create_task(work)
-                for work in (self._tick(), self._probe(), self._renew(), self._reloads(reload))
+                for work in (self._beat(), self._keep_up(), self._probe(), self._renew(), self._reloads(reload))
             }
             if gpus is not None:
                 tasks |= {asyncio.create_task(work) for work in (gpus.run(), self._tell_gpus(gpus))}
@@ -381,6 +395,13 @@ class App:
                     task.result()  # one that failed ends the daemon, and systemd starts another
         finally:
             await self._shut(tasks)
+
+    async def _resume_leases(self) -> None:
+        """Before anybody can ask for one."""
+        kept, self._kept_leases = self._kept_leases, []
+        if kept:
+            resumed = await asyncio.to_thread(self._lease_door.resume, kept)
+            log.info("leases of the last run go on", kept=len(kept), resumed=resumed)
 
     @property
     def _servers(self) -> tuple[Guarded, Guarded]:
@@ -429,16 +450,22 @@ class App:
                 log.info("serving evidence", agent_ak=self._core.boot.keys.agent_ak_name.hex())
                 return
 
-    async def _tick(self) -> None:
+    async def _beat(self) -> None:
+        """Show the state, and that it moves. Waits for nobody, so that it can also show what does not."""
         while True:
             await asyncio.sleep(_STATUS_SECONDS)
             self._watchdog.feed(time.monotonic())
+            await self._show()
+
+    async def _keep_up(self) -> None:
+        while True:
+            await asyncio.sleep(_STATUS_SECONDS)
+            self._kept_up = time.monotonic()
             if await self._core.watch_vm():
                 log.error("this VM was restored from a snapshot, or copied")
                 await self._audit("vm-restored")
             await self._audit_denials()
             await self._follow()
-            await self._show()
 
     async def _follow(self) -> None:
         """Have the latch of the sealed keys as the machine is."""

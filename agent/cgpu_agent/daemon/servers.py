@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Callable
@@ -44,6 +45,7 @@ from cgpu_agent.rpc.frontdoor import FrontDoor
 from cgpu_agent.rpc.gpus import GpusService
 from cgpu_agent.rpc.identify import Identified, Identifier
 from cgpu_agent.rpc.interceptor import Gate, Recorder, current_caller
+from cgpu_agent.rpc.keptleases import Store
 from cgpu_agent.rpc.keys import KeysService
 from cgpu_agent.rpc.leasedoor import LeaseDoor, LeaseKinds
 from cgpu_agent.rpc.measured_boot import MeasuredBootService
@@ -54,6 +56,8 @@ MAX_REQUEST = 64 << 10
 MAX_RESPONSE = 32 << 20
 MAX_STREAMS = 128
 """Calls at a time on one connection; a client with more of them waits."""
+
+_LAST_WORD_SECONDS = 2.0
 
 SELF_CHECK = "/cgpu.agent.internal.SelfCheck/Pid"
 """Answers the caller's pid, to the daemon itself only: how it proves at start that identities reach handlers."""
@@ -92,10 +96,13 @@ class Guarded:
         await self.health.set("", status)
 
     async def stop(self, grace: float) -> None:
-        """Take no new callers, let running calls end within ``grace`` seconds, then cut."""
+        """Take no new callers; let running calls end within ``grace`` seconds; end the rest with a word, then cut."""
         self.door.stop_accepting()
         await self.health.enter_graceful_shutdown()
-        await self.server.stop(grace)
+        stopping = asyncio.ensure_future(self.server.stop(grace + _LAST_WORD_SECONDS))
+        await asyncio.wait([stopping], timeout=grace)
+        self.gate.end()
+        await stopping
         self.door.close()
 
 
@@ -172,6 +179,7 @@ def lease_door(
     limits: DoorLimits,
     wants_executable: Callable[[], bool],
     may_transfer: Callable[[Caller], bool],
+    store: Store | None,
 ) -> LeaseDoor:
     """The door where memory is leased: to callers who may have an object opened or may transfer, and to no other."""
     digests = ExeDigests()
@@ -185,7 +193,7 @@ def lease_door(
         objects = release is not None and (release.may_open(caller) or release.may_load(caller, gpus))
         return LeaseKinds(objects, transfers=core.channels is not None and may_transfer(caller))
 
-    return LeaseDoor(listener, identifier, leases, permit, limits)
+    return LeaseDoor(listener, identifier, leases, permit, limits, store=store)
 
 
 def add_public(core: Core) -> Callable[[grpc.aio.Server], tuple[str, ...]]:

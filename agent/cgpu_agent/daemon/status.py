@@ -25,7 +25,7 @@ def line(core: Core, servers: Sequence[Guarded], stuck: Sequence[str], reload_pr
     """The state in one line of truth."""
     api = servers[0]
     denied = sum(count for (_, code), count in api.gate.calls.items() if code == "PERMISSION_DENIED")
-    parts = [core.line(), f"{api.door.stats().open} callers", f"{denied} denied"]
+    parts = [core.line(), f"{api.door.stats().open} callers", *_work(core), f"{denied} denied"]
     if stuck:
         parts.insert(1, f"STUCK: {', '.join(stuck)}")
     if reload_problem:
@@ -48,6 +48,13 @@ def state_of(core: Core, found: Sequence[Problem]) -> State:
     """The state, with what only the daemon knows."""
     state = core.state()
     return "degraded" if state == "serving" and found else state
+
+
+def _work(core: Core) -> list[str]:
+    """What was done for callers since the start, as far as this machine offers it."""
+    if core.release is None:
+        return []
+    return [f"{sum(count for (_, what), count in core.release.outcomes.items() if what == 'released')} keys released"]
 
 
 def compose(

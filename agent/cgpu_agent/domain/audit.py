@@ -49,6 +49,7 @@ class AuditLog:
         # One thread writes, in the order of the calls: a caller who is gone leaves its write running, and the next
         # record must not be chained beside it.
         self._writer = ThreadPoolExecutor(1, "audit")
+        self._writing_since: float | None = None
         self._denials: Counter[tuple[int, str, str]] = Counter()
         self._denials_since = clock.monotonic()
         try:
@@ -99,7 +100,19 @@ class AuditLog:
         except OSError as error:
             raise Unavailable("AUDIT_UNAVAILABLE", "the audit log cannot be written", retry_after=5.0) from error
 
+    def heartbeat_age(self, _now: float) -> float:
+        """Seconds that the writer has been at one write; 0 while it is at none."""
+        since = self._writing_since
+        return 0.0 if since is None else self._clock.monotonic() - since
+
     def _append(self, entries: list[tuple[str, dict[str, Any]]]) -> int:
+        self._writing_since = self._clock.monotonic()
+        try:
+            return self._write(entries)
+        finally:
+            self._writing_since = None
+
+    def _write(self, entries: list[tuple[str, dict[str, Any]]]) -> int:
         lines, head, now = b"", self.head, int(self._clock.time())
         for event, data in entries:
             line = AuditRecord(head.sequence + 1, head.digest, now, self._boot_id, event, data).line()

@@ -383,10 +383,12 @@ class Core:
         endorsed = "AK certified" if keys.platform_ak_certificate is not None else "AK unendorsed"
         lacking = {"NO_BOOT_LOG": "no boot log", "LOG_TOO_LARGE": "boot log too large"}
         told = next((lacking[p.reason] for p in problems if p.reason in lacking), "boot log present")
-        gpus = "" if self.gpus is None or self.gpus.view().state == "none" else f", {self.gpus.view().line}"
-        problem = None if self.vault is None else self.vault.problem
-        sealed = "" if problem is None else f", sealed keys: {problem.message}"
-        return f"Serving: TPM {keys.tpm.manufacturer or '?'}, {endorsed}, {told}{gpus}{sealed}"
+        parts = [f"Serving: TPM {keys.tpm.manufacturer or '?'}", endorsed, told]
+        if self.gpus is not None:
+            parts.append(self.gpus.line())
+        if self.vault is not None and self.vault.problem is not None:
+            parts.append(f"sealed keys: {self.vault.problem.message}")
+        return ", ".join(filter(None, parts))
 
 
 def _problem(error: AgentError) -> Problem:

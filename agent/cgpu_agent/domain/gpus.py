@@ -60,12 +60,12 @@ class GpuView:
 
     @property
     def line(self) -> str:
-        """For the status line."""
+        """In words."""
         if self.reason is not None:
             return f"GPUs not ready: {self.reason.message}"
         count = sum(session.phase == "trusted" for session in self.sessions)
         simulated = any(session.verdict is not None and session.verdict.simulated for session in self.sessions)
-        return f"{count} {'simulated ' if simulated else ''}GPU{'' if count == 1 else 's'} ready"
+        return f"{count}/{len(self.sessions)} {'simulated ' if simulated else ''}GPUs trusted"
 
 
 class GpuSessions:
@@ -155,6 +155,13 @@ class GpuSessions:
         """Seconds since all GPUs were last attested with success."""
         return None if self._trusted_at is None else self._clock.monotonic() - self._trusted_at
 
+    def line(self) -> str:
+        """For the status line; empty where there are no GPUs."""
+        view, age = self.view(), self.age
+        if view.state == "none":
+            return ""
+        return view.line if view.reason is not None or age is None else f"{view.line} {int(age // 60)} min ago"
+
     def problems(self) -> list[Reason]:
         """What an operator should look at."""
         view = self.view()
@@ -175,9 +182,13 @@ class GpuSessions:
                 return
             await changed.wait()
 
-    def heartbeat_age(self, now: float) -> float:
-        """As ``Gpus.heartbeat_age``."""
-        return self._gpus.heartbeat_age(now)
+    def heartbeat_age(self, _now: float) -> float:
+        """Seconds since the last look at clocks and devices began.
+
+        A device that hangs is not counted: that ends its calls and closes the ready state, while a restart could not
+        even end a thread that the driver holds, and would take the boot's evidence away with the GPUs'.
+        """
+        return self._clock.monotonic() - self._ticked
 
     def _tell(self) -> None:
         self._changed.set()

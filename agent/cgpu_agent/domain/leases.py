@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 from cgpu_agent.backends.memory import SharedMemory
 from cgpu_agent.backends.workmemory import WorkMemory
 from cgpu_agent.domain.caller import Caller
-from cgpu_agent.errors import Denied, Exhausted, Misuse
+from cgpu_agent.errors import Denied, Exhausted, Misuse, Unavailable
 from cgpu_agent.wire.lease import ID_SIZE
 
 
@@ -57,12 +57,15 @@ class Lease:
         id: 128 random bits. It names the lease and gives no right to it.
     """
 
-    def __init__(self, holder: Process, memory: SharedMemory | WorkMemory, source: int | None) -> None:
-        self.id = secrets.token_bytes(ID_SIZE)
+    def __init__(
+        self, holder: Process, memory: SharedMemory | WorkMemory, source: int | None, kept: bytes | None = None
+    ) -> None:
+        self.id = kept or secrets.token_bytes(ID_SIZE)
         self.holder = holder
         self._memory = memory
         self.busy = False
         self._source = source
+        self._restarted = kept is not None
         self._lock = threading.Lock()
 
     @property
@@ -83,6 +86,11 @@ class Lease:
             how = "only reads" if writable else "writes to"
             raise Misuse("LEASE_KIND", f"this lease is of memory that its holder {how}")
 
+    @property
+    def kept_by(self) -> int:
+        """The descriptor by which the memory can be kept beyond this process; stays the memory's."""
+        return self._memory.kept_by
+
     def take_descriptor(self) -> int:
         """The memory's descriptor for its holder, once; whoever takes it closes it."""
         return self._memory.take_descriptor()
@@ -91,8 +99,14 @@ class Lease:
         """A descriptor of the sealed object that came with the lease, for the asker to close. It outlives the lease:
         a number that was closed and given out again would be another file.
 
-        Raises ``Misuse`` (``NO_SOURCE``).
+        Raises ``Misuse`` (``NO_SOURCE``), ``Unavailable`` (``SOURCE_LOST``).
         """
+        if self._restarted:
+            raise Unavailable(
+                "SOURCE_LOST",
+                "the agent started anew and has the sealed object's descriptor no more; take a new lease",
+                retry_after=0.1,
+            )
         with self._lock:
             if self._source is None:
                 raise Misuse("NO_SOURCE", "the lease came without a descriptor of a sealed object, or has ended")
@@ -129,16 +143,34 @@ class Leases:
             Exhausted: ``LEASE_LIMIT``.
             Unavailable: ``NO_MEMORY``.
         """
-        with self._charged(holder.caller.uid, size):
-            lease = Lease(holder, WorkMemory(size) if writable else SharedMemory(size), source)
-            try:
-                with self._lock:
-                    self._table[lease.id] = lease
+        make = WorkMemory if writable else SharedMemory
+        with self._charged(holder.caller.uid, size), self._listed(Lease(holder, make(size), source)) as lease:
+            yield lease
+
+    @contextlib.contextmanager
+    def resumed(self, holder: Process, name: bytes, memory: SharedMemory | WorkMemory) -> Iterator[Lease]:
+        """A lease of an earlier run of the agent, by its name and with its memory, as ``granted``: as limits allow.
+
+        What a lease gives is memory alone, so policy is not asked again: it will be, for whatever shall go in there
+        or out.
+        """
+        lease = Lease(holder, memory, None, name)
+        try:
+            with self._charged(holder.caller.uid, memory.size), self._listed(lease):
                 yield lease
-            finally:
-                with self._lock:
-                    self._table.pop(lease.id, None)
-                lease.close()
+        finally:
+            lease.close()
+
+    @contextlib.contextmanager
+    def _listed(self, lease: Lease) -> Iterator[Lease]:
+        try:
+            with self._lock:
+                self._table[lease.id] = lease
+            yield lease
+        finally:
+            with self._lock:
+                self._table.pop(lease.id, None)
+            lease.close()
 
     @contextlib.contextmanager
     def borrowed(self, name: bytes, process: Process) -> Iterator[Lease]:

@@ -103,7 +103,7 @@ class Loading:
                 ``DEVICE_RANGE``: the object does not fit; all reasons of ``SealedFile``.
             Denied: ``NO_LEASE``, ``NO_CHANNEL``.
             Exhausted: ``TOO_MANY_CALLS``, ``LEASE_BUSY``, ``TRANSFER_QUEUE``.
-            Unavailable: ``TRUST_CHANGED``, ``SOURCE_STALLED``; why the channel has ended.
+            Unavailable: ``TRUST_CHANGED``, ``SOURCE_LOST``, ``SOURCE_STALLED``; why the channel has ended.
             All that ``Release.load`` raises.
         """
         require_segment_size(segment_size)

@@ -70,6 +70,10 @@ class _Copy:
             self._lease.memory.write(self._turn, start, piece)
             start += len(piece)
 
+    def settle(self) -> None:
+        """The object is whole: an end of the agent takes it no more."""
+        self._lease.memory.settle(self._turn)
+
     def close(self) -> None:
         """Forget the plaintext that is still here. May wait for a file system of the caller's."""
         self._file = None
@@ -107,7 +111,7 @@ class Opening:
                 reasons of ``SealedFile``: the object is not the one named.
             Denied: ``NO_LEASE``.
             Exhausted: ``TOO_MANY_CALLS``, ``LEASE_BUSY``.
-            Unavailable: ``TRUST_CHANGED``, ``LEASE_GONE``, ``SOURCE_STALLED``.
+            Unavailable: ``TRUST_CHANGED``, ``LEASE_GONE``, ``SOURCE_LOST``, ``SOURCE_STALLED``.
             DeviceFault: ``CALL_TIMEOUT``.
             All that ``Release.open`` raises.
         """
@@ -141,6 +145,7 @@ class Opening:
                 yield Step(end, total)
             still()
             yield Step(total, total, whole=True)
+            copy.settle()  # After the last word was taken, and before the stream ends well: the promise needs both.
         except BaseException as error:
             copy.stopped.set()
             await asyncio.shield(asyncio.to_thread(held.memory.wipe))

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _listener() -> socket.socket | None:
-    descriptors = passed_descriptors()
+    descriptors = dict(passed_descriptors())
     if descriptors.keys() != {"egress"}:
         return None
     sock = socket.socket(fileno=descriptors["egress"])

@@ -6,6 +6,7 @@ still alive *after* they were read: a pid in use cannot have been recycled.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import threading
@@ -114,6 +115,12 @@ class Identified:
             except OSError as error:
                 raise Unavailable("CALLER_UNCHECKED", "the caller cannot be checked now", retry_after=1.0) from error
         return Identified(self.caller, self.facts, pidfd, self._capabilities)
+
+    def mark(self) -> str:
+        """32 hex digits: the same for the same process while it is what it was, also in another run of the agent."""
+        caller = self.caller
+        told = repr((caller.uid, caller.gid, caller.pid, self.pidfd_inode, self.facts))
+        return hashlib.sha256(told.encode()).hexdigest()[:32]
 
     def close(self) -> None:
         """Give the pidfd up; from here on the caller counts as gone. Idempotent."""

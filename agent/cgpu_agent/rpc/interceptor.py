@@ -132,12 +132,20 @@ class Gate(grpc.aio.ServerInterceptor):
         self._wants_executable = wants_executable
         self._wrapped: dict[str, Any] = {}
         self._throttle = LogThrottle()
+        self._running: set[asyncio.Task[Any] | None] = set()
+        self._ended = False
         self.calls: Counter[tuple[str, str]] = Counter()
         """Calls ended so far, by (method, gRPC code name)."""
         self.seconds: dict[str, Histogram] = {}
         """How long they took, by method."""
         self.refusals: Counter[str] = Counter()
         """Those that ended in an error, by its slug."""
+
+    def end(self) -> None:
+        """End the calls that run, and tell whoever made them to try again; the agent stops."""
+        self._ended = True
+        for task in filter(None, self._running):
+            task.cancel()
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
@@ -209,6 +217,7 @@ class Gate(grpc.aio.ServerInterceptor):
         caller: Caller | None = None
         begun = time.monotonic()
         code = grpc.StatusCode.CANCELLED
+        task = asyncio.current_task()
         ended: Callable[[str], None] | None = None
 
         async def begin(decided: Decision) -> None:
@@ -217,6 +226,7 @@ class Gate(grpc.aio.ServerInterceptor):
                 ended = await self._recorder.begins(caller, method, decided)
 
         try:
+            self._running.add(task)
             connection, caller = self._identified(context)
             caller = await self._for_policy(connection, caller)
             decision = self._permitted(caller, method)
@@ -235,23 +245,36 @@ class Gate(grpc.aio.ServerInterceptor):
             self.refusals[error.slug] += 1
             self._report(method, caller, error)
             await abort(context, error)
+        except asyncio.CancelledError:
+            if not self._ended:
+                raise  # the caller hung up
+            code = grpc.StatusCode.UNAVAILABLE
+            self.refusals["AGENT_STOPPING"] += 1
+            await abort(context, Unavailable("AGENT_STOPPING", "the agent is stopping", retry_after=1.0))
         except grpc.aio.AbortError:
             code = grpc.StatusCode.UNKNOWN  # the handler chose it, and grpc does not say
             raise
         except Exception as error:  # noqa: BLE001 - the text of an unknown exception must not reach the client
             code = grpc.StatusCode.INTERNAL
-            self.refusals["INTERNAL"] += 1
-            incident = secrets.token_hex(4)
-            frames = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
-            log.error("call failed", method=method, incident=incident, error=type(error).__name__, frames=frames)
-            await abort(
-                context, AgentError("INTERNAL", f"internal error, incident {incident} in the agent's journal")
-            )
+            await abort(context, self._unexpected(method, error))
         finally:
-            self.calls[method, code.name] += 1
-            self.seconds.setdefault(method, Histogram(_CALL_SECONDS)).add(time.monotonic() - begun)
+            self._running.discard(task)
+            del task  # or it and its fault would keep each other, and so what the fault's traceback names
+            self._count(method, code, begun)
             if ended is not None:
                 ended(code.name)
+
+    def _unexpected(self, method: str, error: Exception) -> AgentError:
+        """What the caller is told of it; the rest is for the journal."""
+        self.refusals["INTERNAL"] += 1
+        incident = secrets.token_hex(4)
+        frames = [f"{frame.name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
+        log.error("call failed", method=method, incident=incident, error=type(error).__name__, frames=frames)
+        return AgentError("INTERNAL", f"internal error, incident {incident} in the agent's journal")
+
+    def _count(self, method: str, code: grpc.StatusCode, begun: float) -> None:
+        self.calls[method, code.name] += 1
+        self.seconds.setdefault(method, Histogram(_CALL_SECONDS)).add(time.monotonic() - begun)
 
     async def _for_policy(self, connection: Connection, caller: Caller) -> Caller:
         """The caller with all that the policy of this moment asks about."""

@@ -17,26 +17,31 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from typing import Any, Final
 
-from cgpu_agent.domain.leases import Leases
+import structlog
+
+from cgpu_agent.domain.leases import Lease, Leases
 from cgpu_agent.errors import AgentError, Denied, Exhausted, HostileInput, Misuse, Unavailable
 from cgpu_agent.rpc import peer
 from cgpu_agent.rpc.addresses import Listener
 from cgpu_agent.rpc.admission import Admission, DoorLimits, Seat
 from cgpu_agent.rpc.identify import Identified, Identifier
+from cgpu_agent.rpc.keptleases import KeptLease, Store, kept_name
 from cgpu_agent.wire.lease import MAX_MESSAGE, LeaseRequest, encode_grant, encode_refusal
 
 logger = logging.getLogger(__name__)
+log = structlog.get_logger()
 
 EXCHANGE_SECONDS: Final = 5.0
 """In which a caller must have said what it wants."""
 _PERMIT_SECONDS: Final = 15.0
 _CLOSE_SECONDS: Final = 3.0
 _MAX_REFUSING: Final = 64
+_UCRED_SIZE: Final = 12
 
 Permit = Callable[[Identified], Coroutine[Any, Any, "LeaseKinds"]]
 
@@ -55,6 +60,7 @@ class LeaseDoor:
     Args:
         listener: SOCK_SEQPACKET; the door owns it from now on.
         permit: asked on the event loop.
+        store: keeps leases while the agent starts anew; ``None`` where nobody does: they end with it.
         patience: seconds for the exchange.
     """
 
@@ -66,6 +72,7 @@ class LeaseDoor:
         permit: Permit,
         limits: DoorLimits,
         *,
+        store: Store | None = None,
         patience: float = EXCHANGE_SECONDS,
     ) -> None:
         self._listener = listener
@@ -73,10 +80,12 @@ class LeaseDoor:
         self._leases = leases
         self._permit = permit
         self._limits = limits
+        self._store = store
         self._patience = patience
         self._admission = Admission(limits)
         self._lock = threading.Lock()
         self._open: dict[socket.socket, threading.Thread] = {}
+        self._kept: set[socket.socket] = set()
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
         self._stopping = threading.Event()
         self._refusing = 0
@@ -85,6 +94,20 @@ class LeaseDoor:
         self._thread: threading.Thread | None = None
 
     # -- on the event loop
+
+    def resume(self, kept: Sequence[KeptLease]) -> int:
+        """Go on with leases of an earlier run, and end those whose holder is gone or is not what it was.
+
+        Returns how many go on. Done before anybody can ask for one of them.
+        """
+        settled = []
+        for each in kept:
+            done = threading.Event()
+            settled.append(done)
+            threading.Thread(target=self._go_on, args=(each, done), name="lease", daemon=True).start()
+        for done in settled:
+            done.wait(EXCHANGE_SECONDS)
+        return len(self._leases)
 
     def start(self) -> None:
         """Begin to accept."""
@@ -100,7 +123,10 @@ class LeaseDoor:
         return 0.0 if since is None else max(0.0, now - since)
 
     def close(self) -> None:
-        """Accept nobody any more, and end all leases. Waits for a moment, so not on the event loop; idempotent."""
+        """Accept nobody any more, and end all leases but those that are kept for the agent's next run.
+
+        Waits for a moment, so not on the event loop; idempotent.
+        """
         if self._stopping.is_set():
             return
         self._stopping.set()
@@ -110,8 +136,9 @@ class LeaseDoor:
         self._listener.close()
         os.close(self._bell)
         with self._lock:
-            threads = list(self._open.values())
-            for sock in self._open:
+            ending = {sock: thread for sock, thread in self._open.items() if sock not in self._kept}
+            threads = list(ending.values())
+            for sock in ending:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
         until = time.monotonic() + _CLOSE_SECONDS
@@ -179,6 +206,7 @@ class LeaseDoor:
 
     def _leave(self, sock: socket.socket, seat: Seat) -> None:
         with self._lock:
+            self._kept.discard(sock)
             del self._open[sock]  # before its number can be another's: ``close`` shuts down what is in here
         sock.close()  # may wait, too: for the files of descriptors that nobody took
         with self._lock:
@@ -207,9 +235,7 @@ class LeaseDoor:
             self._leave(sock, seat)
 
     def _lend(self, sock: socket.socket, holder: Identified, came: list[int]) -> None:
-        pidfd = holder.pidfd
-        if pidfd is None or holder.caller.identity_strength != "pidfd":
-            raise Denied("LEASE_IDENTITY", "this kernel has no SO_PEERPIDFD, without which a lease is nobody's")
+        pidfd = _pidfd(holder)
         kinds = self._ask_permission(holder)
         if not (kinds.objects or kinds.transfers):
             raise _not_allowed()
@@ -219,15 +245,71 @@ class LeaseDoor:
         if not (kinds.transfers if request.writable else kinds.objects):
             raise _not_allowed()
         source = came[0] if came else None
-        with self._leases.granted(holder, request.size, source, writable=request.writable) as lease:
-            memory = lease.take_descriptor()
-            try:
-                holder.still_the_same()
-                socket.send_fds(sock, [encode_grant(lease.id)], [memory])
-            finally:
-                os.close(memory)
-            # A word on a lease is a breach, and ends it like its end or the holder's.
-            _readable((sock.fileno(), pidfd))
+        kept: str | None = None
+        try:
+            with self._leases.granted(holder, request.size, source, writable=request.writable) as lease:
+                memory = lease.take_descriptor()
+                try:
+                    holder.still_the_same()
+                    kept = self._keep(sock, holder, lease)
+                    socket.send_fds(sock, [encode_grant(lease.id)], [memory])
+                finally:
+                    os.close(memory)
+                _until_end(sock, pidfd)
+        finally:
+            self._forget(kept)  # once it is wiped: before that a crash would leave it to nobody
+
+    def _keep(self, sock: socket.socket, holder: Identified, lease: Lease) -> str | None:
+        """Have the lease outlive this run of the agent, from before its holder knows of it."""
+        if self._store is None:
+            return None
+        with self._lock:
+            if self._stopping.is_set():
+                raise Unavailable("AGENT_STOPPING", "the agent is stopping", retry_after=1.0)
+            self._kept.add(sock)
+        name = kept_name(lease.id, holder.mark())
+        self._store.keep(name, (sock.fileno(), lease.kept_by))
+        return name
+
+    def _forget(self, kept: str | None) -> None:
+        if kept is not None and self._store is not None:
+            self._store.forget(kept)
+
+    # -- the thread of a lease of an earlier run
+
+    def _go_on(self, kept: KeptLease, done: threading.Event) -> None:
+        try:
+            self._serve_again(kept, done)
+        except (AgentError, OSError) as error:
+            reason = error.slug if isinstance(error, AgentError) else type(error).__name__
+            log.warning("a lease of the last run does not go on", reason=reason)
+        except Exception:
+            logger.exception("a lease failed")
+        finally:
+            kept.memory.close()
+            self._forget(kept.name)
+            done.set()
+
+    def _serve_again(self, kept: KeptLease, done: threading.Event) -> None:
+        sock = kept.connection
+        credentials = peer.credentials(sock)
+        seat = self._seat(credentials)
+        with self._lock:
+            if not self._admission.enter(seat):
+                sock.close()
+                raise _full()
+            self._open[sock] = threading.current_thread()
+            self._kept.add(sock)
+        try:
+            with contextlib.closing(self._identifier.identify(sock, credentials)) as holder:
+                pidfd = _pidfd(holder)
+                if holder.mark() != kept.mark:
+                    raise Denied("CALLER_CHANGED", "the holder is not what it was when it got the lease")
+                with self._leases.resumed(holder, kept.id, kept.memory):
+                    done.set()
+                    _until_end(sock, pidfd)
+        finally:
+            self._leave(sock, seat)
 
     def _ask_permission(self, holder: Identified) -> LeaseKinds:
         if self._loop is None:
@@ -246,6 +328,7 @@ def _receive(sock: socket.socket, came: list[int]) -> LeaseRequest:
     came += fds
     if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
         raise Misuse("BAD_LEASE_MESSAGE", "lease message: too long, or with too many descriptors")
+    _silence(sock)
     try:
         request = LeaseRequest.parse(data)
     except HostileInput as error:
@@ -258,6 +341,33 @@ def _receive(sock: socket.socket, came: list[int]) -> LeaseRequest:
         if not reads or not stat.S_ISREG(os.fstat(fd).st_mode):
             raise Misuse("BAD_SOURCE", "a sealed object comes as a regular file, opened for reading only")
     return request
+
+
+def _silence(sock: socket.socket) -> None:
+    """Let the caller say nothing more, and see that nothing more was said.
+
+    So nothing waits in the connection when it is in systemd's keeping, which would have to close what comes with it.
+    """
+    sock.shutdown(socket.SHUT_RD)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # or an empty message looks like none
+    data, ancillary, _flags, _address = sock.recvmsg(1, socket.CMSG_SPACE(_UCRED_SIZE))
+    if data or ancillary:
+        raise Misuse("BAD_LEASE_MESSAGE", "lease message: more than one")
+
+
+def _pidfd(holder: Identified) -> int:
+    pidfd = holder.pidfd
+    if pidfd is None or holder.caller.identity_strength != "pidfd":
+        raise Denied("LEASE_IDENTITY", "this kernel has no SO_PEERPIDFD, without which a lease is nobody's")
+    return pidfd
+
+
+def _until_end(sock: socket.socket, pidfd: int) -> None:
+    """Wait for the end of the connection, or of the process."""
+    poll = select.poll()
+    poll.register(sock, 0)  # a hang-up alone
+    poll.register(pidfd, select.POLLIN)
+    poll.poll()
 
 
 def _readable(fds: tuple[int, ...], seconds: float | None = None) -> bool:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from cgpu_agent.backends.keptmemory import adopted
 from cgpu_agent.backends.memory import SharedMemory
-from cgpu_agent.errors import Unavailable
+from cgpu_agent.errors import HostileInput, Unavailable
+from frontdoor_kit import needs_root
 
 SIZE = 3 * mmap.PAGESIZE + 5
 
@@ -91,3 +93,44 @@ def test_memory_that_cannot_be_had_is_a_state() -> None:
     with pytest.raises(Unavailable) as raised:
         SharedMemory(1 << 62)
     assert raised.value.slug == "NO_MEMORY"
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_only_what_was_settled_outlives_the_agent(memory: SharedMemory, settled: bool) -> None:
+    turn = memory.begin()
+    memory.write(turn, 0, b"text")
+    if settled:
+        memory.settle(turn)
+    again = adopted(os.dup(memory.kept_by))
+    assert content(memory.kept_by).startswith(b"text") == settled
+    assert again.size == SIZE
+    again.close()
+    assert content(memory.kept_by) == bytes(SIZE)
+
+
+def test_a_turn_that_has_ended_settles_nothing(memory: SharedMemory) -> None:
+    late = memory.begin()
+    memory.write(memory.begin(), 0, b"text")
+    with pytest.raises(Unavailable):
+        memory.settle(late)
+    adopted(os.dup(memory.kept_by)).close()
+    assert content(memory.kept_by) == bytes(SIZE)
+
+
+def test_what_was_settled_is_unsettled_while_it_is_filled_again(memory: SharedMemory) -> None:
+    memory.settle(memory.begin())
+    memory.write(memory.begin(), 0, b"text")
+    again = adopted(os.dup(memory.kept_by))
+    assert content(memory.kept_by) == bytes(SIZE)
+    again.close()
+
+
+@needs_root
+def test_memory_of_another_user_is_not_adopted(memory: SharedMemory) -> None:
+    fd = os.dup(memory.kept_by)
+    os.fchown(fd, 12345, -1)
+    with pytest.raises(HostileInput) as raised:
+        adopted(fd)
+    assert raised.value.slug == "BAD_KEPT_MEMORY"
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(fd)

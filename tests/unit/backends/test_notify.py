@@ -52,6 +52,25 @@ def test_abstract_address_is_understood(monkeypatch: pytest.MonkeyPatch) -> None
     listening.close()
 
 
+def test_what_is_kept_and_forgotten_is_said_by_its_name(ear: Ear) -> None:
+    notifier = Notifier()
+    notifier.keep("lease-1", [0])
+    notifier.forget("lease-1")
+    assert ear.heard() == ["FDSTORE=1\nFDNAME=lease-1", "FDSTOREREMOVE=1\nFDNAME=lease-1"]
+
+
+@pytest.mark.parametrize(("room", "size"), [(None, 0), ("", 0), ("0", 0), ("128", 128), ("-1", 0), ("many", 0)])
+def test_descriptors_are_kept_where_systemd_says_so(
+    room: str | None, size: int, ear: Ear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if room is not None:
+        monkeypatch.setenv("FDSTORE", room)
+    assert Notifier().store_size == size
+    assert "FDSTORE" not in os.environ
+    monkeypatch.setenv("FDSTORE", "128")
+    assert Notifier().store_size == 0  # NOTIFY_SOCKET is gone: nobody listens
+
+
 @pytest.mark.parametrize("address", ["", "/nonexistent/notify", "/" + "x" * 200])
 def test_manager_that_does_not_listen_is_no_reason_to_fail(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
@@ -99,4 +118,4 @@ def test_sockets_for_another_process_are_left_alone(
         monkeypatch.setenv("LISTEN_PID", str(os.getpid()) if pid == "own" else pid)
     monkeypatch.setenv("LISTEN_FDS", count)
     monkeypatch.setenv("LISTEN_FDNAMES", "api:admin")
-    assert passed_descriptors() == {}
+    assert passed_descriptors() == []

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from cgpu_agent.backends.keptmemory import adopted
 from cgpu_agent.backends.workmemory import WorkMemory
 from cgpu_agent.errors import Unavailable
 
@@ -108,3 +109,27 @@ def test_memory_that_cannot_be_had_is_no_crash() -> None:
     with pytest.raises(Unavailable) as raised:
         WorkMemory(1 << 50)
     assert raised.value.slug == "NO_MEMORY"
+
+
+def test_it_outlives_the_agent_as_it_is_and_as_what_it_is(memory: WorkMemory) -> None:
+    fd = memory.take_descriptor()
+    os.pwrite(fd, b"text", SIZE - 4)
+    again = adopted(os.dup(memory.kept_by))
+    assert isinstance(again, WorkMemory)
+    assert again.size == SIZE
+    with again.use(SIZE - 4, 4) as part:
+        assert bytes(part) == b"text"
+        part[:] = b"back"
+    assert os.pread(fd, 9, SIZE - 4) == b"back"
+    again.close()
+    assert os.fstat(fd).st_blocks == 0
+    os.close(fd)
+
+
+def test_memory_to_read_by_only_is_not_adopted(memory: WorkMemory) -> None:
+    fd = os.open(f"/proc/self/fd/{memory.kept_by}", os.O_RDONLY)
+    with pytest.raises(Unavailable) as raised:
+        adopted(fd)
+    assert raised.value.slug == "NO_MEMORY"
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -65,6 +66,25 @@ def test_closed_directory_is_a_matter_of_permission(tmp_path: Path) -> None:
             assert unreachable(str(path)).slug == "SOCKET_DENIED"
         finally:
             os.seteuid(0)
+
+
+def test_call_that_the_agents_end_cut_may_be_made_again(tmp_path: Path) -> None:
+    """Nobody here cancels a call and asks what became of it."""
+    path = str(tmp_path / "sock")
+
+    def cut(_request: bytes, context: grpc.ServicerContext) -> bytes:
+        context.abort(grpc.StatusCode.CANCELLED, "")
+        raise AssertionError
+
+    handlers = {"ReadPcrs": grpc.unary_unary_rpc_method_handler(cut)}
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("cgpu.agent.v1.MeasuredBoot", handlers),))
+    server.add_insecure_port(f"unix:{path}")
+    server.start()
+    with Agent(path, timeout=5) as agent, pytest.raises(Unavailable) as caught:
+        agent.read_pcrs()
+    assert (caught.value.slug, caught.value.retry_after) == ("CONNECTION_LOST", 0.5)
+    server.stop(0).wait()
 
 
 def test_sync_and_async_clients_fail_alike(tmp_path: Path) -> None:

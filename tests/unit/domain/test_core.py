@@ -401,7 +401,9 @@ def test_gpus_that_are_not_ready_are_a_problem_a_fact_and_part_of_the_line(machi
                 await here.tick()
                 assert core.facts().gpus == "ready"
                 assert core.trusted()
-                assert core.line().endswith(", 1 simulated GPU ready")
+                assert core.line().endswith(", 1/1 simulated GPUs trusted 0 min ago")
+                here.clock.pass_by(61.0)
+                assert core.line().endswith(", 1/1 simulated GPUs trusted 1 min ago")
                 assert not [reason for reason in reasons(core) if reason.startswith("GPU")]
                 await here.bad("cc-off")
                 await here.tick()

@@ -35,7 +35,7 @@ def test_gpus_become_ready_once_all_of_them_passed(process: GpuProcess) -> None:
             assert (here.state, here.reason, here.phases) == ("ready", None, ["trusted", "trusted"])
             assert await here.ready() is True
             assert here.log.records == ["attested 2"]
-            assert here.sessions.view().line == "2 simulated GPUs ready"
+            assert here.sessions.view().line == "2/2 simulated GPUs trusted"
             assert here.sessions.problems() == []
             identities = {each.verdict.identity for each in here.sessions.view().sessions if each.verdict}
             assert len(identities) == 2
@@ -241,13 +241,13 @@ def test_devices_that_come_and_go_without_an_event_are_found(process: GpuProcess
             assert await here.ready() is False
             assert here.phases == ["discovered", "lost"]
             await here.tick()
-            assert here.sessions.view().line == "1 simulated GPU ready"
+            assert here.sessions.view().line == "1/2 simulated GPUs trusted"
             await here.good()
             here.clock.pass_by(1.0)
             await here.sessions.tick()
             assert await here.ready() is False
             await here.tick()
-            assert here.sessions.view().line == "2 simulated GPUs ready"
+            assert here.sessions.view().line == "2/2 simulated GPUs trusted"
             assert here.log.records == [
                 "attested 2",
                 "dropped GPU_INVENTORY_CHANGED",

@@ -406,6 +406,24 @@ def test_caller_that_hangs_up_frees_its_slot(method: str) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("method", ["Wait", "Yield"])
+def test_call_that_the_agents_stop_ends_is_told_to_try_again(method: str) -> None:
+    async def scenario() -> None:
+        async with Site() as site:
+            asked = asyncio.ensure_future(
+                site.call("Wait", b"wait") if method == "Wait" else site.stream("Yield", b"wait")
+            )
+            await site.waiting.wait()
+            site.server.gate.end()
+            told = await failure(asked)
+            assert (told.slug, told.code) == ("AGENT_STOPPING", grpc.StatusCode.UNAVAILABLE)
+            await until(lambda: site.in_flight.running == 0)
+            await until(lambda: site.count(method) == {"UNAVAILABLE": 1})
+            assert site.server.gate._running == set()
+
+    asyncio.run(scenario())
+
+
 def test_call_without_a_deadline_is_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interceptor, "MAX_SECONDS", 0.05)
 
