@@ -259,6 +259,7 @@ def test_another_gpu_in_the_place_of_the_one_that_was_attested_gets_nothing(gpus
         ground.devices.instead = ground.uuids[1]
         assert await slug(ground.open()) == "GPU_IDENTITY_CHANGED"
         assert len(ground.channels) == 0
+        assert (ground.site.reason, await ground.site.ready()) == ("GPU_IDENTITY_CHANGED", False)
         assert ground.events("channel") == []
 
     running(gpus, scenario)

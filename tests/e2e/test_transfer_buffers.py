@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,22 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+@contextmanager
+def reopened(world: GpuDaemon, agent: Agent) -> Iterator[Channel]:
+    """A channel to GPUs that were started anew, once the agent has noticed that and attested them."""
+    end = time.monotonic() + PATIENCE
+    with ExitStack() as stack:
+        while True:
+            world.ready()
+            try:
+                channel = stack.enter_context(agent.channel())
+                break
+            except Unavailable:
+                assert time.monotonic() < end
+                time.sleep(0.1)
+        yield channel
 
 
 def workload(world: GpuDaemon) -> subprocess.Popen[str]:
@@ -400,12 +417,10 @@ def test_a_gpu_process_that_is_killed_is_told_clearly_and_the_next_run_is_clean(
             assert slug_of_puts(channel, data, world.gpus.kill) in {"TRANSFER_PEER_GONE", "TRANSFER_STOPPED"}
         with pytest.raises(AgentError) as refused, agent.channel(0):
             pass
-        assert refused.value.slug in {"GPU_NOT_TRUSTED", "GPU_DRIVER", "TRUST_CHANGED"}
+        assert refused.value.slug in {"GPU_NOT_TRUSTED", "GPU_DRIVER", "TRUST_CHANGED"}, refused.value
         world.settles_at({"rings": 0, "leases": 0})
         world.gpus.start()
-        until(lambda: bool(agent.list_gpus().gpus))
-        world.ready()
-        with agent.channel() as again:
+        with reopened(world, agent) as again:
             out = bytearray(len(data))
             again.get(again.put(data), out)
             assert out == data

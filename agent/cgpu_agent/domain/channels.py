@@ -21,7 +21,7 @@ from cgpu_agent.backends.workmemory import WorkMemory
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.channel import ASK_SECONDS, GpuChannel
 from cgpu_agent.domain.gpus import GpuSessions
-from cgpu_agent.domain.gpustate import Reason, Verdict
+from cgpu_agent.domain.gpustate import IDENTITY, Reason, Verdict
 from cgpu_agent.domain.leases import Leases, Process
 from cgpu_agent.domain.policy import GpuName
 from cgpu_agent.domain.quota import Budget
@@ -181,7 +181,10 @@ class Channels:
         try:
             chain = memory.chain
             if chain is not None and hashlib.sha256(chain).digest() != verdict.chain:
-                raise DeviceFault("GPU_IDENTITY_CHANGED", "another GPU answers than the one that was attested")
+                await self._sessions.distrust(IDENTITY)
+                raise DeviceFault(
+                    IDENTITY.slug, "another GPU answers than the one that was attested", retry_after=2.0
+                )
             link = await memory.channel(timeout=ASK_SECONDS)
             make = partial(GpuChannel, owner, gpu, memory, link, self._engine, self._closers, self._clock)
             try:
