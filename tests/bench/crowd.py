@@ -3,7 +3,8 @@
 Each sixteenth of the callers is another uid, as is the hostile one, and the daemon has the limits that it is shipped
 with. The hostile one does all at once, for as long as it may: connects and sends garbage, connects and says nothing,
 asks for much and reads nothing, sends metadata of a megabyte, calls as often as it can, and the same at the lease
-socket.
+socket. It takes the machine's time, too: how much of what is noticed comes from that shows when it attacks another
+agent on the same machine instead.
 """
 
 from __future__ import annotations
@@ -46,21 +47,27 @@ def crowd(folder: Path, *, rounds: int, seconds: float) -> tuple[list[Pair], str
     folder.chmod(0o755)
     folder.parent.chmod(0o755)
     with contextlib.ExitStack() as stack:
-        tpm = swtpm_with_boot(folder / "t")
-        stack.callback(tpm.kill)
-        RawTpm(tpm.data_socket).provision("ecc")
-        daemon = Daemon(folder, tpm.data_socket, connections_per_uid=64)
-        stack.callback(daemon.stop)
-        daemon.start()
+        daemon, other = (_daemon(stack, folder / name) for name in ("a", "b"))
         helpers = [Helper("crowd.py", "callers", daemon.api, str(_FIRST_UID + number)) for number in range(UIDS)]
         for helper in helpers:
             stack.callback(helper.stop)
         with ThreadPoolExecutor(UIDS) as pool:
-            return _measure(daemon, helpers, pool, rounds, seconds), ""
+            return _measure(daemon, other, helpers, pool, rounds, seconds), ""
+
+
+def _daemon(stack: contextlib.ExitStack, home: Path) -> Daemon:
+    home.mkdir(mode=0o755)
+    tpm = swtpm_with_boot(home / "t")
+    stack.callback(tpm.kill)
+    RawTpm(tpm.data_socket).provision("ecc")
+    daemon = Daemon(home, tpm.data_socket, connections_per_uid=64)
+    stack.callback(daemon.stop)
+    daemon.start()
+    return daemon
 
 
 def _measure(
-    daemon: Daemon, helpers: list[Helper], pool: ThreadPoolExecutor, rounds: int, seconds: float
+    daemon: Daemon, other: Daemon, helpers: list[Helper], pool: ThreadPoolExecutor, rounds: int, seconds: float
 ) -> list[Pair]:
     def p99() -> float:
         shares = range(UIDS)
@@ -79,10 +86,11 @@ def _measure(
     p99()  # connects
     _hostile(daemon, p99)  # what only the first time costs
     before = _means(daemon)
-    alone, beside = [], []
+    alone, beside, elsewhere = [], [], []
     for _ in range(rounds):
         alone.append(p99())
         beside.append(_hostile(daemon, p99))
+        elsewhere.append(_hostile(other, p99))
     end = time.monotonic() + _SETTLE_SECONDS
     while _means(daemon)[0] > before[0] and time.monotonic() < end:
         time.sleep(0.2)
@@ -90,6 +98,7 @@ def _measure(
     title = f"{BUSY} busy of {CONNECTED} callers, p99"
     return [
         Pair.of(f"{title}, beside a hostile one", "without it", "s", beside, alone, "<= 2"),
+        Pair.of("  the same, hostile to another agent", "without it", "s", elsewhere, alone),
         Pair.of("  descriptors afterwards", "before", "", [float(after[0])], [float(before[0])], "<= 1"),
         Pair.of("  memory afterwards (PSS)", "before", "B", [float(after[1])], [float(before[1])], "<= 1.1"),
     ]

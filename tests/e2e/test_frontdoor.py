@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import socket
 import subprocess
@@ -247,6 +248,10 @@ def test_who_sends_much_is_read_in_shares_while_others_send_and_whole_when_alone
         kit.front._shares = FairShare(rate=0.0, burst=8192.0)
         async with kit.client("send", uid=4321, size=1, every=0.05) as light:
             await light.says()
+            async with kit.client("send", uid=1234, size=1 << 20) as early:
+                assert await early.says() == 1 << 20  # nobody waits
+            assert kit.front._pressure is not None
+            kit.front._pressure._until = math.inf
             async with kit.client("send", uid=1234, size=1 << 20) as heavy:
                 answered = asyncio.create_task(heavy.says())
                 for _ in range(40):

@@ -27,7 +27,7 @@ from cgpu_agent.rpc.addresses import Listener, PrivateDirectory
 from cgpu_agent.rpc.admission import Admission, DoorLimits, DoorStats, Seat
 from cgpu_agent.rpc.connection import Connection
 from cgpu_agent.rpc.exe_digest import ExeDigests
-from cgpu_agent.rpc.fairshare import CONNECTION, FairShare
+from cgpu_agent.rpc.fairshare import CONNECTION, FairShare, Pressure
 from cgpu_agent.rpc.identify import Identified, Identifier
 from cgpu_agent.rpc.pump import BUFFER_SIZE, Flow, Moved
 from cgpu_agent.rpc.reactor import Reactor
@@ -84,6 +84,7 @@ class FrontDoor:
         self._unfinished: dict[Flow, Connection] = {}
         self._turned_away = 0
         self._shares = FairShare()
+        self._pressure: Pressure | None = None
         self._paused: dict[Seat, dict[Flow, Connection]] = {}
         self._knocking: list[Listener] = []
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
@@ -97,7 +98,8 @@ class FrontDoor:
     # -- from any thread
 
     def start(self) -> None:
-        """Begin to accept."""
+        """Begin to accept. On the event loop of the inner server."""
+        self._pressure = Pressure(asyncio.get_running_loop())
         self._directory.verify()
         for listener in self._listeners:
             self._resume(listener)
@@ -360,7 +362,8 @@ class FrontDoor:
     def _move_inward(self, connection: Connection, flow: Flow, *, drain: bool) -> Moved | None:
         """What a caller says goes on as its uid's share allows; ``None``: not now."""
         now, seat = time.monotonic(), connection.seat
-        share = self._shares.allowed(seat, now)
+        pressed = self._pressure is not None and self._pressure.pressed(now)
+        share = self._shares.allowed(seat, now) if pressed else None
         if share is not None and share < _LEAST_SHARE:
             if seat not in self._paused:
                 self._paused[seat] = {}
