@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,16 @@ def raw(options: dict[str, Any]) -> None:
         say(sum(is_closed(sock) for sock in sockets))
 
 
+def send(options: dict[str, Any]) -> None:
+    """Have ``size`` bytes echoed, say how many came back; with ``every``, again and again after so many seconds."""
+    with channel_to(options) as channel:
+        while True:
+            say(len(channel.unary_unary(f"/{SERVICE}/Echo")(bytes(options["size"]), timeout=60)))
+            if "every" not in options:
+                return
+            time.sleep(options["every"])
+
+
 def is_closed(sock: socket.socket) -> bool:
     try:
         # grpc greets first, so anything may be waiting before the end.
@@ -190,6 +201,7 @@ VERBS = {
     "who": who,
     "change-uid": change_uid,
     "raw": raw,
+    "send": send,
     "hold": hold,
     "heir": heir,
     "exec": execute,

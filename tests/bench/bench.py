@@ -21,6 +21,7 @@ from pathlib import Path
 
 import grpc
 from brokers import openbao, releases
+from crowd import crowd
 from domain import group_commit
 from gpus import gpus
 from lanes import gpus_in_bundles
@@ -45,13 +46,28 @@ class Effort:
     offline_seconds: float
     gpu_times: int
     starts: int
+    crowd_seconds: float
 
 
 FULL = Effort(
-    rounds=7, door_calls=400, quote_calls=8, evidence_seconds=0.6, offline_seconds=0.4, gpu_times=24, starts=4
+    rounds=7,
+    door_calls=400,
+    quote_calls=8,
+    evidence_seconds=0.6,
+    offline_seconds=0.4,
+    gpu_times=24,
+    starts=4,
+    crowd_seconds=5.0,
 )
 QUICK = Effort(
-    rounds=3, door_calls=150, quote_calls=4, evidence_seconds=0.2, offline_seconds=0.1, gpu_times=8, starts=1
+    rounds=3,
+    door_calls=150,
+    quote_calls=4,
+    evidence_seconds=0.2,
+    offline_seconds=0.1,
+    gpu_times=8,
+    starts=1,
+    crowd_seconds=3.0,
 )
 
 
@@ -120,6 +136,10 @@ def measure(world: World, home: Path, effort: Effort, say: Callable[[str], None]
     found["key brokers"], lacking = openbao(home / "b", rounds=effort.rounds // 2, seconds=effort.evidence_seconds)
     if lacking:
         print(f"key brokers: {lacking}", file=sys.stderr)
+    say("a crowd")
+    found["crowd"], lacking = crowd(home / "c", rounds=effort.rounds, seconds=effort.crowd_seconds)
+    if lacking:
+        print(f"crowd: {lacking}", file=sys.stderr)
     say("start")
     found["start"] = cold_start(world, effort.starts)
     return found

@@ -80,10 +80,19 @@ class Daemon:
 
     Args:
         head, limits, keys: TOML of the configuration: what stands before the tables, what in ``[limits]``, and keys.
+        connections_per_uid: all the callers of a benchmark are mostly of one.
     """
 
     def __init__(
-        self, folder: Path, tpm_socket: Path, *, head: str = "", limits: str = "", keys: str = "", **environment: str
+        self,
+        folder: Path,
+        tpm_socket: Path,
+        *,
+        head: str = "",
+        limits: str = "",
+        keys: str = "",
+        connections_per_uid: int = 1024,
+        **environment: str,
     ) -> None:
         self.api = str(folder / "agent.sock")
         self._notify = folder / "notify"
@@ -95,7 +104,7 @@ class Daemon:
             f'[sockets]\napi = "{self.api}"\nadmin = "{folder}/admin.sock"\nlease = "{folder}/lease.sock"\n'
             f'[tpm]\ndevice = "swtpm:{tpm_socket}"\ncreate_platform_ak = "no"\n'
             f'[logs]\nboot = "{BOOT_LOG}"\nsystemd = "{folder}/no-systemd-log"\n'
-            f"[limits]\nconnections_per_uid = 1024\n{limits}{keys}"
+            f"[limits]\nconnections_per_uid = {connections_per_uid}\n{limits}{keys}"
         )
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None

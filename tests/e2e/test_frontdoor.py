@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from cgpu_agent.errors import Unavailable
 from cgpu_agent.rpc.addresses import adopt_listener, bind_listener
 from cgpu_agent.rpc.admission import DoorLimits
 from cgpu_agent.rpc.environment import self_check_environment
+from cgpu_agent.rpc.fairshare import FairShare
 from cgpu_agent.rpc.frontdoor import FrontDoor
 from cgpu_agent.rpc.identify import Identified, Identifier
 from cgpu_agent.rpc.peer import SO_PASSRIGHTS
@@ -238,6 +240,27 @@ def test_one_uid_cannot_take_all_connections() -> None:
         assert (await kit.ask("who", uid=1234))["uid"] == 1234
 
     with_kit(scenario, DoorLimits(max_per_uid=3))
+
+
+@needs_root
+def test_who_sends_much_is_read_in_shares_while_others_send_and_whole_when_alone() -> None:
+    async def scenario(kit: Kit) -> None:
+        kit.front._shares = FairShare(rate=0.0, burst=8192.0)
+        async with kit.client("send", uid=4321, size=1, every=0.05) as light:
+            await light.says()
+            async with kit.client("send", uid=1234, size=1 << 20) as early:
+                assert await early.says() == 1 << 20  # nobody waits
+            assert kit.front._pressure is not None
+            kit.front._pressure._until = math.inf
+            async with kit.client("send", uid=1234, size=1 << 20) as heavy:
+                answered = asyncio.create_task(heavy.says())
+                for _ in range(40):
+                    assert await light.says() == 1
+                assert not answered.done()
+                light.process.kill()
+                assert await answered == 1 << 20
+
+    with_kit(scenario)
 
 
 @needs_root

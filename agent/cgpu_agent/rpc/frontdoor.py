@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -26,6 +27,7 @@ from cgpu_agent.rpc.addresses import Listener, PrivateDirectory
 from cgpu_agent.rpc.admission import Admission, DoorLimits, DoorStats, Seat
 from cgpu_agent.rpc.connection import Connection
 from cgpu_agent.rpc.exe_digest import ExeDigests
+from cgpu_agent.rpc.fairshare import CONNECTION, FairShare, Pressure
 from cgpu_agent.rpc.identify import Identified, Identifier
 from cgpu_agent.rpc.pump import BUFFER_SIZE, Flow, Moved
 from cgpu_agent.rpc.reactor import Reactor
@@ -37,6 +39,10 @@ _ENDING = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _WRITABLE = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 _SOCKET_EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 _SELF_CHECK_SECONDS = 5.0
+_LEAST_SHARE = 256
+_PAUSE_SECONDS = 0.02
+_TURNED_AWAY_SECONDS = 0.1
+_MOST_TURNED_AWAY = 128
 
 
 class FrontDoor:
@@ -76,6 +82,10 @@ class FrontDoor:
         self._digests = ExeDigests()
         self._table: dict[str, Connection] = {}
         self._unfinished: dict[Flow, Connection] = {}
+        self._turned_away = 0
+        self._shares = FairShare()
+        self._pressure: Pressure | None = None
+        self._paused: dict[Seat, dict[Flow, Connection]] = {}
         self._knocking: list[Listener] = []
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
         self._counts: Counter[str] = Counter()
@@ -88,7 +98,8 @@ class FrontDoor:
     # -- from any thread
 
     def start(self) -> None:
-        """Begin to accept."""
+        """Begin to accept. On the event loop of the inner server."""
+        self._pressure = Pressure(asyncio.get_running_loop())
         self._directory.verify()
         for listener in self._listeners:
             self._resume(listener)
@@ -251,8 +262,7 @@ class FrontDoor:
             seat, refusal = "unidentified", error
             self._counts["unidentified"] += 1
         if not self._admission.enter(seat):
-            self._counts["refused_by_limit"] += 1
-            sock.close()
+            self._turn_away(sock)
             return
         inside = None
         try:
@@ -265,7 +275,22 @@ class FrontDoor:
                 inside.close()
             raise
         self._counts["accepted"] += 1
+        self._shares.took(seat, CONNECTION, time.monotonic())
         self._open(Connection(self._directory.fresh_name(), (sock, inside), seat, identity, self._digests))
+
+    def _turn_away(self, sock: socket.socket) -> None:
+        """Close, mostly in a moment: who comes back at once, again and again, does not keep the door busy."""
+        self._turned_away += 1
+
+        def close() -> None:
+            self._turned_away -= 1
+            self._counts["refused_by_limit"] += 1
+            sock.close()
+
+        if self._turned_away > _MOST_TURNED_AWAY:
+            close()
+        else:
+            self._reactor.after(_TURNED_AWAY_SECONDS, close)
 
     def _open(self, connection: Connection) -> None:
         """Give the connection its name, register that, and only then connect."""
@@ -322,13 +347,38 @@ class FrontDoor:
             self._move(connection, back)
 
     def _move(self, connection: Connection, flow: Flow, *, drain: bool = True) -> None:
-        if connection.closed or flow in self._unfinished:
+        seat = connection.seat
+        if connection.closed or flow in self._unfinished or flow in self._paused.get(seat, ()):
             return
-        moved = flow.move(self._buffer, self._limits.bytes_per_wake, drain=drain)
+        if flow is connection.inward:
+            moved = self._move_inward(connection, flow, drain=drain)
+        else:
+            moved = flow.move(self._buffer, self._limits.bytes_per_wake, drain=drain)
         if moved is Moved.MORE:
             self._unfinished[flow] = connection
         elif moved is Moved.ENDED:
             self._drop(connection)
+
+    def _move_inward(self, connection: Connection, flow: Flow, *, drain: bool) -> Moved | None:
+        """What a caller says goes on as its uid's share allows; ``None``: not now."""
+        now, seat = time.monotonic(), connection.seat
+        pressed = self._pressure is not None and self._pressure.pressed(now)
+        share = self._shares.allowed(seat, now) if pressed else None
+        if share is not None and share < _LEAST_SHARE:
+            if seat not in self._paused:
+                self._paused[seat] = {}
+                self._reactor.after(_PAUSE_SECONDS, partial(self._end_pause, seat))
+            self._paused[seat][flow] = connection
+            return None
+        most = self._limits.bytes_per_wake if share is None else share
+        before = flow.moved
+        moved = flow.move(self._buffer[:most], most, drain=drain)
+        self._shares.took(seat, flow.moved - before, now)
+        return moved
+
+    def _end_pause(self, seat: Seat) -> None:
+        for flow, connection in self._paused.pop(seat).items():
+            self._move(connection, flow)
 
     def _cut(self, connection: Connection, _mask: int) -> None:
         """The connecting process died: whoever still holds its socket is somebody else."""

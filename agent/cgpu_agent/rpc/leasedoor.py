@@ -41,6 +41,7 @@ EXCHANGE_SECONDS: Final = 5.0
 _PERMIT_SECONDS: Final = 15.0
 _CLOSE_SECONDS: Final = 3.0
 _MAX_REFUSING: Final = 64
+_REFUSED_SECONDS: Final = 0.1
 _UCRED_SIZE: Final = 12
 
 Permit = Callable[[Identified], Coroutine[Any, Any, "LeaseKinds"]]
@@ -199,10 +200,15 @@ class LeaseDoor:
         return credentials.uid
 
     def _refuse(self, sock: socket.socket) -> None:
-        _send(sock, encode_refusal(_full()))
+        self._turn_away(sock, _full())
         sock.close()  # as in ``_leave``
         with self._lock:
             self._refusing -= 1
+
+    def _turn_away(self, sock: socket.socket, error: AgentError) -> None:
+        """Say why, in a moment: who comes back at once, again and again, does not keep everybody busy."""
+        self._stopping.wait(_REFUSED_SECONDS)
+        _send(sock, encode_refusal(error))
 
     def _leave(self, sock: socket.socket, seat: Seat) -> None:
         with self._lock:
@@ -221,9 +227,9 @@ class LeaseDoor:
             holder = self._identifier.identify(sock, credentials)
             self._lend(sock, holder, came)
         except AgentError as error:
-            _send(sock, encode_refusal(error))
+            self._turn_away(sock, error)
         except OSError:
-            _send(sock, encode_refusal(Unavailable("NO_MEMORY", "the agent is out of resources", retry_after=1.0)))
+            self._turn_away(sock, Unavailable("NO_MEMORY", "the agent is out of resources", retry_after=1.0))
         except Exception:
             logger.exception("a lease failed")
         finally:

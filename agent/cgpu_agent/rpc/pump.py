@@ -23,11 +23,13 @@ class Flow:
     buffer's worth at most, and end of file is seen only after everything before it was delivered.
     """
 
-    __slots__ = ("_rest", "sink", "source")
+    __slots__ = ("_rest", "moved", "sink", "source")
 
     def __init__(self, source: socket.socket, sink: socket.socket) -> None:
         self.source = source
         self.sink = sink
+        self.moved = 0
+        """Bytes delivered so far."""
         self._rest: memoryview | None = None
 
     @property
@@ -71,6 +73,7 @@ class Flow:
             if kept:
                 raise
             sent = 0
+        self.moved += sent
         if sent == len(data):
             self._rest = None
         else:
