@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from cgpu_agent import __version__
-from cgpu_agent.backends.tpm.software import Swtpm
-from fixtures.machine import BOOT_LOG, replay_boot
-from fixtures.nspawn import Container, booted, lacks
+from fixtures.nspawn import CONFIG, lacks
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
-
-CONFIG = """\
-[tpm]
-device = "swtpm:/srv/host/tpm/sock"
-create_platform_ak = "ecc"
-[logs]
-boot = "/srv/host/boot.log"
-[gpu]
-backend = "none"
-"""
-"""Of an agent in a container: an emulated TPM, in which the recorded firmware booted."""
 
 
 @pytest.fixture(scope="session")
@@ -61,23 +46,3 @@ def installed(tree: Path, package: Path) -> Iterator[Path]:
     (image / "etc/cgpu-agent/config.toml").write_text(CONFIG)
     yield image
     shutil.rmtree(image)
-
-
-@contextmanager
-def machine(image: Path) -> Iterator[Container]:
-    """A machine of its own: a TPM in which the recorded firmware booted, and a container that boots."""
-    folder = Path(tempfile.mkdtemp(prefix="cgpu-", dir="/tmp"))
-    folder.chmod(0o755)
-    shutil.copy(BOOT_LOG, folder / "boot.log")
-    tpm = Swtpm(folder / "tpm")
-    try:
-        tpm.start()
-        replay_boot(tpm)
-        # To the agent's user in the container, whose number is nobody's here.
-        tpm.directory.chmod(0o711)
-        tpm.data_socket.chmod(0o666)
-        with booted(image, folder) as container:
-            yield container
-    finally:
-        tpm.kill()
-        shutil.rmtree(folder)

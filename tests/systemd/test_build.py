@@ -6,7 +6,7 @@ import hashlib
 import subprocess
 from pathlib import Path
 
-from systemd.conftest import ROOT
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_another_build_elsewhere_by_a_user_with_another_mask_gives_the_same_bytes(

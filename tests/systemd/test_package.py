@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from cgpu_agent import __version__
-from fixtures.nspawn import Container
-from systemd.conftest import CONFIG, machine
+from fixtures.nspawn import CONFIG, Container, machine
 
 AGENT = "cgpu-agent.service"
 ENABLED = (AGENT, "cgpu-agent.socket", "cgpu-agent-admin.socket", "cgpu-agent-lease.socket", "cgpu-ready.socket")
@@ -131,6 +130,8 @@ def test_a_shell_completes_what_cgpuctl_takes(serving: Container) -> None:
 
 def test_an_upgrade_starts_the_new_version_and_callers_wait_instead_of_failing(serving: Container) -> None:
     before, accepted = serving.pid(AGENT), serving.show("cgpu-agent.socket", "ActiveEnterTimestampMonotonic")
+    serving.run("systemctl", "start", "cgpu-egress.service", "cgpu-ready.service")
+    others = [serving.pid("cgpu-egress.service"), serving.pid("cgpu-ready.service")]
     caller = serving.popen("/usr/bin/python3", "-I", "-c", CALLER)
     install(serving, "new")
     serving.run("touch", "/run/done")
@@ -140,6 +141,7 @@ def test_an_upgrade_starts_the_new_version_and_callers_wait_instead_of_failing(s
     serving.run("rm", "/run/done")
     assert version(serving) == NEWER
     assert serving.pid(AGENT) != before
+    assert not {0, *others} & {serving.pid("cgpu-egress.service"), serving.pid("cgpu-ready.service")}
     assert serving.show(AGENT, "NRestarts") == "0"
     assert serving.show("cgpu-agent.socket", "ActiveEnterTimestampMonotonic") == accepted
     assert serving.show(AGENT, "StatusText").startswith("Serving"), "the key of this boot is still there"
@@ -198,7 +200,9 @@ def test_what_is_enabled_is_started_again_though_it_was_stopped(serving: Contain
 
 
 def test_removal_keeps_state_and_configuration_and_the_next_install_goes_on(serving: Container) -> None:
+    serving.run("systemctl", "enable", "--now", "cgpu-egress.socket")
     serving.run("dpkg", "--remove", "cgpu-agent")
+    assert not serving.run("systemctl", "list-units", "--plain", "--no-legend", "cgpu-*")
     assert serving.show(AGENT, "LoadState") == "not-found"
     assert [serving.active(unit) for unit in ENABLED] == ["inactive"] * 5
     assert not serving.run("pgrep", "--full", "cgpu-agent", good=False)
@@ -210,6 +214,8 @@ def test_removal_keeps_state_and_configuration_and_the_next_install_goes_on(serv
 
 
 def test_a_purge_leaves_the_user_and_nothing_else(serving: Container) -> None:
+    serving.run("systemctl", "enable", "--now", "cgpu-egress.socket")
+    install(serving, "old")
     serving.run("dpkg", "--purge", "cgpu-agent")
     for path in ("/etc/cgpu-agent", "/var/lib/cgpu-agent", "/usr/lib/cgpu-agent"):
         serving.run("test", "!", "-e", path)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from fixtures.nspawn import Container
-from systemd.conftest import machine
+from fixtures.nspawn import Container, machine
 
 PROBE = "/srv/host/probe.py"
 OF_OTHER_LIFE = (

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from fixtures.machine import AUDIENCE, judge
-from fixtures.nspawn import Container
-from systemd.conftest import CONFIG, machine
+from fixtures.nspawn import CONFIG, Container, machine
 
 AGENT = "cgpu-agent.service"
 SOCKETS = ("cgpu-agent.socket", "cgpu-agent-admin.socket", "cgpu-agent-lease.socket")
