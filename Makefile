@@ -58,7 +58,7 @@ test-systemd: dev deb ## the package installed, and its units at work, under a r
 	@PYTHON=/usr/bin/python3 sh packaging/bootstrap.sh systemd
 	$(BIN)/python -m pytest --timeout 0 tests/systemd
 
-test-vm: dev deb ## measured boots of the agent in QEMU with Secure Boot and a TPM: 16 minutes (root)
+test-vm: dev deb ## measured boots of the agent in QEMU with Secure Boot and a TPM: about 13 minutes (root)
 	@PYTHON=/usr/bin/python3 sh packaging/bootstrap.sh vm
 	$(BIN)/python -m pytest --timeout 0 -s tests/vm/measured_boot.py
 

@@ -69,7 +69,11 @@ gzip -9nc CHANGELOG.md >"$stage/usr/share/doc/cgpu-agent/changelog.gz"
 mkdir "$work/debian"
 printf 'Source: cgpu-agent\n\nPackage: cgpu-agent\nArchitecture: any\n' >"$work/debian/control"
 (cd "$work" && find "$library" -name '*.so' -exec dpkg-shlibdeps -O --warnings=0 {} + >shlibs)
-install -m 755 packaging/deb/postinst packaging/deb/prerm packaging/deb/postrm "$stage/DEBIAN"
+units=$(cd "$stage/usr/lib/systemd/system" && echo cgpu-*.socket cgpu-*.service)
+for script in postinst prerm postrm; do
+    sed "s/@UNITS@/$units/" "packaging/deb/$script" >"$stage/DEBIAN/$script"
+    chmod 755 "$stage/DEBIAN/$script"
+done
 (cd "$stage" && find etc -type f | sort | sed 's|^|/|') >"$stage/DEBIAN/conffiles"
 (cd "$stage" && find usr -type f -print0 | sort -z | xargs -0 md5sum) >"$stage/DEBIAN/md5sums"
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' agent/cgpu_agent/__init__.py)

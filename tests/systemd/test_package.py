@@ -200,7 +200,9 @@ def test_what_is_enabled_is_started_again_though_it_was_stopped(serving: Contain
 
 
 def test_removal_keeps_state_and_configuration_and_the_next_install_goes_on(serving: Container) -> None:
+    serving.run("systemctl", "enable", "--now", "cgpu-egress.socket")
     serving.run("dpkg", "--remove", "cgpu-agent")
+    assert not serving.run("systemctl", "list-units", "--plain", "--no-legend", "cgpu-*")
     assert serving.show(AGENT, "LoadState") == "not-found"
     assert [serving.active(unit) for unit in ENABLED] == ["inactive"] * 5
     assert not serving.run("pgrep", "--full", "cgpu-agent", good=False)
@@ -212,6 +214,8 @@ def test_removal_keeps_state_and_configuration_and_the_next_install_goes_on(serv
 
 
 def test_a_purge_leaves_the_user_and_nothing_else(serving: Container) -> None:
+    serving.run("systemctl", "enable", "--now", "cgpu-egress.socket")
+    install(serving, "old")
     serving.run("dpkg", "--purge", "cgpu-agent")
     for path in ("/etc/cgpu-agent", "/var/lib/cgpu-agent", "/usr/lib/cgpu-agent"):
         serving.run("test", "!", "-e", path)
