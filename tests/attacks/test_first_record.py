@@ -16,6 +16,7 @@ from cgpu_agent.domain.agentlog import AgentLog
 from cgpu_agent.domain.boot import MeasuredBoot
 from cgpu_agent.domain.evidence import Evidence
 from cgpu_agent.domain.keys import Keys, establish, first_record
+from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.store import Store
 from cgpu_agent.errors import DeviceFault, Unavailable
 from cgpu_agent.wire import cel
@@ -40,7 +41,7 @@ async def rogue_agent(machine: Machine) -> AsyncIterator[tuple[RogueLog, Evidenc
     async with machine.agent() as core:
         log = RogueLog(store_beside(machine), REGISTER)
         keys = await core.tpm.run(lambda tpm: establish_with(tpm, store_beside(machine), log), timeout=60)
-        boot = MeasuredBoot(core.tpm, keys, log, core.logs, timeout=60)
+        boot = MeasuredBoot(core.tpm, keys, log, core.logs, timeout=60, seconds=Rate(core.clock, 60, "TPM_LIMIT", ""))
         yield log, Evidence(boot, core.clock, boot_id=BOOT_ID, agent=AGENT, pcrs=tuple(range(16)))
 
 
