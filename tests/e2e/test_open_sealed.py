@@ -202,6 +202,8 @@ def test_another_uid_is_not_lent_to(daemon: Daemon, file: Path) -> None:
     assert ask(daemon.socket, "open") == PLAIN[:16].hex()
     assert ask(daemon.socket, "open", uid=12345)[0] == "NOT_ALLOWED"
     assert daemon.stop() == 0
+    refused = [each.data for each in records(daemon) if each.event == "denied"]
+    assert {"count": 1, "method": "lease", "reason": "NOT_ALLOWED", "uid": 12345} in refused
 
 
 def test_leases_end_with_the_agent_and_with_the_policy(daemon: Daemon, file: Path) -> None:

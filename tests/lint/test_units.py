@@ -203,7 +203,7 @@ def test_every_allowed_caller_has_descriptors() -> None:
 def test_what_is_lent_fits_into_the_units_memory_and_threads() -> None:
     service, limits = settings(SERVICE), Config().limits
     assert service["MemoryMax"] == [f"{limits.lease_mib_in_all // 1024 + 2}G"]
-    assert int(service["TasksMax"][0]) >= 2 * limits.leases + limits.channels + 128
+    assert int(service["TasksMax"][0]) >= 2 * (limits.leases + limits.channels) + 128
 
 
 def test_secrets_do_not_go_to_a_swap() -> None:

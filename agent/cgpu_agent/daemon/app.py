@@ -186,6 +186,7 @@ class App:
             lambda: self._policy.wants_executable,
             lambda caller: self._policy.decide(caller, Action.GPU_TRANSFER, self._core.facts()).allowed,
             self._lease_store(config),
+            recorder,
         )
         self._metrics_door = self._open_metrics(passed, config.sockets.metrics, identifier)
         self._kept_leases = passed.leases

@@ -39,6 +39,7 @@ from cgpu_agent.errors import Unavailable
 from cgpu_agent.rpc.addresses import Listener
 from cgpu_agent.rpc.admin import AdminService, Operated
 from cgpu_agent.rpc.admission import DoorLimits
+from cgpu_agent.rpc.auditor import LEASE
 from cgpu_agent.rpc.evidence import EvidenceService
 from cgpu_agent.rpc.exe_digest import ExeDigests
 from cgpu_agent.rpc.frontdoor import FrontDoor
@@ -180,6 +181,7 @@ def lease_door(
     wants_executable: Callable[[], bool],
     may_transfer: Callable[[Caller], bool],
     store: Store | None,
+    recorder: Recorder,
 ) -> LeaseDoor:
     """The door where memory is leased: to callers who may have an object opened or may transfer, and to no other."""
     digests = ExeDigests()
@@ -193,7 +195,10 @@ def lease_door(
         objects = release is not None and (release.may_open(caller) or release.may_load(caller, gpus))
         return LeaseKinds(objects, transfers=core.channels is not None and may_transfer(caller))
 
-    return LeaseDoor(listener, identifier, leases, permit, limits, store=store)
+    def denied(caller: Caller | None, reason: str) -> None:
+        recorder.denied(caller, LEASE, reason)
+
+    return LeaseDoor(listener, identifier, leases, permit, limits, store=store, denied=denied)
 
 
 def add_public(core: Core) -> Callable[[grpc.aio.Server], tuple[str, ...]]:

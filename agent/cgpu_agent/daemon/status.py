@@ -52,9 +52,13 @@ def state_of(core: Core, found: Sequence[Problem]) -> State:
 
 def _work(core: Core) -> list[str]:
     """What was done for callers since the start, as far as this machine offers it."""
-    if core.release is None:
-        return []
-    return [f"{sum(count for (_, what), count in core.release.outcomes.items() if what == 'released')} keys released"]
+    found = []
+    if core.release is not None:
+        released = sum(count for (_, what), count in core.release.outcomes.items() if what == "released")
+        found.append(f"{released} keys released")
+    if core.channels is not None:
+        found.append(f"{len(core.channels)} channels, {core.channels.speed / 1e9:.1f} GB/s")
+    return found
 
 
 def compose(

@@ -26,7 +26,7 @@ from cgpu_agent.domain.leases import Leases, Process
 from cgpu_agent.domain.policy import GpuName
 from cgpu_agent.domain.quota import Budget
 from cgpu_agent.domain.rate import Rate
-from cgpu_agent.domain.transfers import Copy, Progress, Transfer, require_readable, told
+from cgpu_agent.domain.transfers import Copy, Progress, Tally, Transfer, require_readable, told
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, Exhausted, Misuse, Unavailable
 from cgpu_agent.transfer.engine import Engine
 
@@ -97,6 +97,10 @@ class Channels:
         self._closers = ThreadPoolExecutor(limits.channels, "channel-end")
         self._table: dict[bytes, GpuChannel] = {}
         self._records: dict[bytes, int] = {}
+        self._tallies: dict[bytes, Tally] = {}
+        self._moved_before = 0
+        self._sample = (clock.monotonic(), 0)
+        self._speed = 0.0
         self._ending: dict[bytes, asyncio.Task[None]] = {}
         each = limits.channels_per_uid
         many = "too many channels were opened; wait a little"
@@ -112,6 +116,15 @@ class Channels:
 
     def __len__(self) -> int:
         return len(self._table)
+
+    @property
+    def speed(self) -> float:
+        """Bytes a second, both ways, between the last two times that somebody asked, a second apart or more."""
+        now, moved = self._clock.monotonic(), self._moved_before + sum(each.bytes for each in self._tallies.values())
+        since, before = self._sample
+        if now - since >= 1.0:
+            self._speed, self._sample = (moved - before) / (now - since), (now, moved)
+        return self._speed
 
     @property
     def memory_each(self) -> int:
@@ -161,6 +174,7 @@ class Channels:
             owner.still_the_same()
             stack.pop_all()
         self._table[channel.id] = channel
+        self._tallies[channel.id] = channel.tally
         if owner.pidfd is not None:
             asyncio.get_running_loop().add_reader(owner.pidfd, self._owner_gone, channel)
         return channel
@@ -358,6 +372,8 @@ class Channels:
             logger.exception("a channel did not end in order")
         self._memory.give(channel.owner.caller.uid, sum(room.size for room in channel.allocations.values()))
         channel.allocations.clear()
+        self._tallies.pop(channel.id, None)
+        self._moved_before += channel.tally.bytes
         sequence = self._records.pop(channel.id, None)
         if self._audit is None or sequence is None:
             return

@@ -19,7 +19,9 @@ WEIGHTY = (
     frozenset(method for method, action in ACTIONS.items() if action not in OPEN) | BY_KEY | OPERATOR
 ) - WITHIN_CHANNEL
 """Methods that are denied by default, or the operator's: whoever is let in is put on record first."""
-_KNOWN = ACTIONS.keys() | BY_KEY | OPERATOR
+LEASE = "lease"
+"""Stands for a method where a lease was refused: the lease socket speaks no gRPC."""
+_KNOWN = ACTIONS.keys() | BY_KEY | OPERATOR | {LEASE}
 
 
 class Auditor:

@@ -24,6 +24,7 @@ from typing import Any, Final
 
 import structlog
 
+from cgpu_agent.domain.caller import Caller
 from cgpu_agent.domain.leases import Lease, Leases
 from cgpu_agent.errors import AgentError, Denied, Exhausted, HostileInput, Misuse, Unavailable
 from cgpu_agent.rpc import peer
@@ -62,6 +63,7 @@ class LeaseDoor:
         listener: SOCK_SEQPACKET; the door owns it from now on.
         permit: asked on the event loop.
         store: keeps leases while the agent starts anew; ``None`` where nobody does: they end with it.
+        denied: told on the event loop of each process that may have no lease, and why.
         patience: seconds for the exchange.
     """
 
@@ -74,6 +76,7 @@ class LeaseDoor:
         limits: DoorLimits,
         *,
         store: Store | None = None,
+        denied: Callable[[Caller | None, str], None] = lambda *_: None,
         patience: float = EXCHANGE_SECONDS,
     ) -> None:
         self._listener = listener
@@ -82,6 +85,7 @@ class LeaseDoor:
         self._permit = permit
         self._limits = limits
         self._store = store
+        self._denied = denied
         self._patience = patience
         self._admission = Admission(limits)
         self._lock = threading.Lock()
@@ -227,6 +231,10 @@ class LeaseDoor:
             holder = self._identifier.identify(sock, credentials)
             self._lend(sock, holder, came)
         except AgentError as error:
+            if isinstance(error, Denied) and self._loop is not None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    caller = None if holder is None else holder.caller
+                    self._loop.call_soon_threadsafe(self._denied, caller, error.slug)
             self._turn_away(sock, error)
         except OSError:
             self._turn_away(sock, Unavailable("NO_MEMORY", "the agent is out of resources", retry_after=1.0))

@@ -15,6 +15,7 @@ from cgpu_agent.domain.channels import MAX_COPIES, ChannelLimits, Range
 from cgpu_agent.domain.transfers import PIECE
 from cgpu_agent.errors import AgentError
 from fixtures.channels import LIMITS, MIB, Ground, running, sealed, slug
+from fixtures.gpusessions import MovableClock
 from fixtures.leases import NAME, until
 from fixtures.softwaregpu import GpuProcess, running_gpus
 
@@ -299,5 +300,21 @@ def test_an_object_that_does_not_fit_is_not_loaded(gpus: GpuProcess) -> None:
         await ground.copy(channel, work.range(handle, to_device=False))  # nothing secret came there
         work.taken.close()
         await ground.lending.idle()
+
+    running(gpus, scenario)
+
+
+def test_the_speed_is_of_the_last_second_and_of_channels_that_are_over_too(gpus: GpuProcess) -> None:
+    async def scenario(ground: Ground) -> None:
+        channels, clock = ground.channels, MovableClock()
+        channels._clock, channels._sample = clock, (clock.monotonic(), 0)
+        channel, work = await ground.open(), await ground.lease(4 * MIB)
+        await ground.put(channel, work, bytes(4 * MIB))
+        assert channels.speed == 0  # not a second has passed
+        clock.pass_by(2.0)
+        assert channels.speed == 2 * MIB
+        await channels.close(ground.me, channel.id)
+        clock.pass_by(4.0)
+        assert channels.speed == 0
 
     running(gpus, scenario)
