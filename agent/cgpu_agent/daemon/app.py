@@ -35,7 +35,7 @@ from cgpu_agent.daemon.build import build_digest
 from cgpu_agent.daemon.config import Config, GpuConfig, LogLevel
 from cgpu_agent.daemon.gpus import load_judge, load_rules, offer_transfers
 from cgpu_agent.daemon.handover import SYSTEMD_LOG, Handover, take_over
-from cgpu_agent.daemon.metrics import CountedLeases, families
+from cgpu_agent.daemon.metrics import families
 from cgpu_agent.daemon.policy import load_policy
 from cgpu_agent.daemon.servers import Guarded, add_admin, add_public, guarded, lease_door
 from cgpu_agent.daemon.watchdog import Heartbeat, Watchdog
@@ -46,7 +46,7 @@ from cgpu_agent.domain.gpujudge import GpuJudge
 from cgpu_agent.domain.gpurecord import GpuRecords
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.gpustate import Reason
-from cgpu_agent.domain.leases import LeaseLimits
+from cgpu_agent.domain.leases import LeaseLimits, Leases
 from cgpu_agent.domain.opening import Opening
 from cgpu_agent.domain.platform import PlatformBelow
 from cgpu_agent.domain.policy import Action, Decision, Key, Policy
@@ -174,7 +174,7 @@ class App:
             add_admin(self._core, self),
             recorder,
         )
-        self._leases = leases = CountedLeases(_lease_limits(config))
+        self._leases = leases = Leases(_lease_limits(config))
         self._core.opening = Opening(self._core.release, leases)
         offer_transfers(self._core, config.limits, self._transfer_gpus, leases, self._trust_epoch)
         self._lease_door = lease_door(

@@ -22,20 +22,11 @@ class BusyTpm(Protocol):
     def waiting(self) -> int: ...
 
 
-class CountedLeases(Leases):
-    """Leases whose bytes can be read."""
-
-    @property
-    def total_bytes(self) -> int:
-        with self._lock:
-            return self._bytes.total()
-
-
 def families(
     core: Core,
     servers: Sequence[Guarded],
     tpm: BusyTpm,
-    leases: CountedLeases,
+    leases: Leases,
     state: State,
     problems: Sequence[Problem],
     build: str,
@@ -60,6 +51,7 @@ def families(
         *_evidence(core),
         *_gpus(core),
         *_keys(core, leases),
+        *_transfers(core),
         Family(
             "cgpu_agent_audit_trouble",
             "gauge",
@@ -174,7 +166,7 @@ def _gpus(core: Core) -> list[Family]:
     ]
 
 
-def _keys(core: Core, leases: CountedLeases) -> list[Family]:
+def _keys(core: Core, leases: Leases) -> list[Family]:
     outcomes = {} if core.release is None else core.release.outcomes
     return [
         Family(
@@ -185,4 +177,20 @@ def _keys(core: Core, leases: CountedLeases) -> list[Family]:
         ),
         Family("cgpu_agent_leases", "gauge", "Pieces of memory on lease.", [({}, len(leases))]),
         Family("cgpu_agent_leased_bytes", "gauge", "Bytes on lease.", [({}, leases.total_bytes)]),
+    ]
+
+
+def _transfers(core: Core) -> list[Family]:
+    channels = core.channels
+    if channels is None:
+        return []
+    to_device, from_device = channels.moved
+    return [
+        Family("cgpu_agent_channels", "gauge", "Channels of callers to GPUs' memory.", [({}, len(channels))]),
+        Family(
+            "cgpu_agent_transferred_bytes_total",
+            "counter",
+            "Bytes that callers had moved.",
+            [({"direction": "to_device"}, to_device), ({"direction": "from_device"}, from_device)],
+        ),
     ]

@@ -98,7 +98,7 @@ class Channels:
         self._table: dict[bytes, GpuChannel] = {}
         self._records: dict[bytes, int] = {}
         self._tallies: dict[bytes, Tally] = {}
-        self._moved_before = 0
+        self._moved_before = (0, 0)
         self._sample = (clock.monotonic(), 0)
         self._speed = 0.0
         self._ending: dict[bytes, asyncio.Task[None]] = {}
@@ -118,9 +118,19 @@ class Channels:
         return len(self._table)
 
     @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes to and from GPUs, of channels that are over, too."""
+        to_device, from_device = self._moved_before
+        tallies = self._tallies.values()
+        return (
+            to_device + sum(each.to_device for each in tallies),
+            from_device + sum(each.from_device for each in tallies),
+        )
+
+    @property
     def speed(self) -> float:
         """Bytes a second, both ways, between the last two times that somebody asked, a second apart or more."""
-        now, moved = self._clock.monotonic(), self._moved_before + sum(each.bytes for each in self._tallies.values())
+        now, moved = self._clock.monotonic(), sum(self.moved)
         since, before = self._sample
         if now - since >= 1.0:
             self._speed, self._sample = (moved - before) / (now - since), (now, moved)
@@ -373,7 +383,8 @@ class Channels:
         self._memory.give(channel.owner.caller.uid, sum(room.size for room in channel.allocations.values()))
         channel.allocations.clear()
         self._tallies.pop(channel.id, None)
-        self._moved_before += channel.tally.bytes
+        to_device, from_device = self._moved_before
+        self._moved_before = to_device + channel.tally.to_device, from_device + channel.tally.from_device
         sequence = self._records.pop(channel.id, None)
         if self._audit is None or sequence is None:
             return

@@ -131,6 +131,12 @@ class Leases:
     def __len__(self) -> int:
         return len(self._table)
 
+    @property
+    def total_bytes(self) -> int:
+        """On lease to anybody."""
+        with self._lock:
+            return self._bytes.total()
+
     @contextlib.contextmanager
     def granted(self, holder: Process, size: int, source: int | None, *, writable: bool = False) -> Iterator[Lease]:
         """A new lease, which ends with the block, whatever happens there. ``source`` stays its owner's.

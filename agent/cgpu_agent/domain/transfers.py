@@ -107,11 +107,6 @@ class Tally:
     errors: int = 0
     busy: float = 0.0
 
-    @property
-    def bytes(self) -> int:
-        """Both ways."""
-        return self.to_device + self.from_device
-
 
 def make(
     copies: Sequence[Copy], link: DeviceChannel, require: Callable[[], None], made: Callable[[Copy], None]

@@ -316,5 +316,6 @@ def test_the_speed_is_of_the_last_second_and_of_channels_that_are_over_too(gpus:
         await channels.close(ground.me, channel.id)
         clock.pass_by(4.0)
         assert channels.speed == 0
+        assert channels.moved == (4 * MIB, 0)
 
     running(gpus, scenario)

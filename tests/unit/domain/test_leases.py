@@ -97,3 +97,13 @@ def test_memory_to_write_to_is_charged_like_any_other_and_is_its_holders_alone(l
             pass
         with pytest.raises(Denied):
             leases.work(lease.id, me)
+
+
+def test_bytes_on_lease_are_those_of_all_leases_that_have_not_ended(lending: Lending) -> None:
+    leases = Leases(LeaseLimits(MIB, 2 * MIB, 2 * MIB))
+    with lending.caller() as me:
+        with leases.granted(me, MIB, None):
+            with leases.granted(me, 4096, None):
+                assert (len(leases), leases.total_bytes) == (2, MIB + 4096)
+            assert (len(leases), leases.total_bytes) == (1, MIB)
+        assert (len(leases), leases.total_bytes) == (0, 0)
