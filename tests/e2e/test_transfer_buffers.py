@@ -175,6 +175,7 @@ def test_the_sdk_puts_and_gets_in_two_lines(world: GpuDaemon) -> None:
         channel.get(handle, part := bytearray(20), offset=HALF - 3)
         assert part == data[HALF - 3 : HALF] + b"in the middle" + data[HALF + 13 : HALF + 17]
         assert channel.stats().bytes_to_device == len(data) + 13
+        assert world.daemon.shows("; 1 channels, ")
         assert channel.stats().gpu == agent.list_gpus().gpus[1].uuid
         channel.free(handle)
         with pytest.raises(Misuse) as gone:

@@ -56,7 +56,7 @@ def _work(core: Core) -> list[str]:
     if core.release is not None:
         released = sum(count for (_, what), count in core.release.outcomes.items() if what == "released")
         found.append(f"{released} keys released")
-    if core.channels is not None:
+    if core.channels is not None and core.channels.gpus:
         found.append(f"{len(core.channels)} channels, {core.channels.speed / 1e9:.1f} GB/s")
     return found
 
