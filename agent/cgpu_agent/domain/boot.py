@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -143,20 +144,18 @@ class MeasuredBoot:
         if not isinstance(owner, int):
             return await self._tpm.run(job, timeout=self._timeout, idempotent=idempotent)
         self._seconds.require(owner, 0.0)
-        spent = 0.0
+        loop = asyncio.get_running_loop()
 
         def timed(tpm: TpmCommands) -> T:
-            nonlocal spent
             begun = self._seconds.clock.monotonic()
             try:
                 return job(tpm)
-            finally:
-                spent += self._seconds.clock.monotonic() - begun
+            finally:  # from here, not from the waiting side: who hangs up has the TPM at work all the same
+                spent = self._seconds.clock.monotonic() - begun
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(self._seconds.spend, owner, spent)
 
-        try:
-            return await self._tpm.run(timed, timeout=self._timeout, idempotent=idempotent)
-        finally:
-            self._seconds.spend(owner, spent)
+        return await self._tpm.run(timed, timeout=self._timeout, idempotent=idempotent)
 
     def check_counters(self, now: ClockInfo) -> None:
         """Raises ``TPM_RESET_DETECTED`` when the TPM was reset or restarted since the keys were established."""

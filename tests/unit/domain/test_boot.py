@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -258,5 +259,30 @@ def test_a_uid_has_its_share_of_the_tpms_time_and_takes_none_of_the_others(machi
             await core.boot.probe()
             await core.boot.run(AGENT, lambda _: clock.pass_by(300))
             await core.boot.read_pcrs(WORKLOAD, (0,))
+
+    asyncio.run(go())
+
+
+def test_who_hangs_up_pays_for_what_the_tpm_does_all_the_same(machine: Machine) -> None:
+    clock, at_work, go_on = MovableClock(), threading.Event(), threading.Event()
+
+    def job(_: TpmCommands) -> None:
+        at_work.set()
+        go_on.wait(60)
+        clock.pass_by(40)
+
+    async def go() -> None:
+        async with machine.agent(tpm_seconds_per_minute=30) as core:
+            core.clock = clock
+            await core.establish()
+            call = asyncio.create_task(core.boot.run(WORKLOAD.uid, job))
+            await asyncio.to_thread(at_work.wait, 60)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            go_on.set()
+            await core.boot.probe()  # the job is over
+            with pytest.raises(Exhausted):
+                await core.boot.read_pcrs(WORKLOAD, (0,))
 
     asyncio.run(go())
