@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 import structlog
 
 from cgpu_agent import __version__
-from cgpu_agent.backends.base import TransferGpus
+from cgpu_agent.backends.devicememory import TransferGpus
 from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
 from cgpu_agent.backends.gpu.software.client import SoftwareGpus
 from cgpu_agent.backends.logs import SystemLogs

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from cgpu_agent.backends.base import TransferGpus
+from cgpu_agent.backends.devicememory import TransferGpus
 from cgpu_agent.daemon.config import GpuConfig, Limits
 from cgpu_agent.domain.channels import ChannelLimits, Channels
 from cgpu_agent.domain.core import Core

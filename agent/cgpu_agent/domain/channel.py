@@ -12,7 +12,8 @@ from concurrent.futures import CancelledError, Executor, Future
 from functools import partial
 from typing import Final, TypeVar
 
-from cgpu_agent.backends.base import Clock, DeviceChannel, DeviceMemory
+from cgpu_agent.backends.base import Clock
+from cgpu_agent.backends.devicememory import DeviceChannel, DeviceMemory
 from cgpu_agent.domain.leases import Process
 from cgpu_agent.domain.policy import GpuName
 from cgpu_agent.domain.transfers import Allocation, Copy, Tally, Transfer, make, told

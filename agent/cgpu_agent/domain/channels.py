@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from cgpu_agent.backends.base import Clock, DeviceChannel, TransferGpus
+from cgpu_agent.backends.base import Clock
+from cgpu_agent.backends.devicememory import DeviceChannel, TransferGpus
 from cgpu_agent.backends.workmemory import WorkMemory
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.channel import ASK_SECONDS, GpuChannel

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from cgpu_agent.backends.base import MAX_PACKED_COPY, DeviceChannel
+from cgpu_agent.backends.devicememory import MAX_PACKED_COPY, DeviceChannel
 from cgpu_agent.backends.workmemory import WorkMemory
 from cgpu_agent.errors import AgentError, Denied, DeviceFault, HostileInput
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from cgpu_agent.backends.base import MAX_PACKED_COPY, Buffer
+from cgpu_agent.backends.devicememory import MAX_PACKED_COPY, Buffer
 from cgpu_agent.backends.gpu.cuda import Context
 from cgpu_agent.backends.gpu.cudafaults import OUT_OF_MEMORY, CudaFault
 from cgpu_agent.errors import AgentError, DeviceFault, Exhausted, Misuse, Unavailable

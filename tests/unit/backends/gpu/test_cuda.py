@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cgpu_agent.backends.base import MAX_PACKED_COPY, DeviceChannel, DeviceMemory, TransferGpus
+from cgpu_agent.backends.devicememory import MAX_PACKED_COPY, DeviceChannel, DeviceMemory, TransferGpus
 from cgpu_agent.backends.gpu.cudachannel import SLOT, CudaChannel
 from cgpu_agent.backends.gpu.cudamemory import MAX_CHANNELS, CudaMemory
 from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
