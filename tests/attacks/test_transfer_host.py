@@ -85,11 +85,14 @@ def other_length(rng: random.Random) -> Edit:
 
 
 def cut(rng: random.Random) -> Edit:
-    """Its end is missing: what was in this place before shows instead."""
+    """Its end is missing: what was in this place before shows instead, which is something else."""
 
     def edit(host: Host, direction: Direction, counter: int, data: bytes) -> Iterator[bytes]:
-        host.sides(direction)[1].put(direction, counter, rng.randbytes(len(data)))
-        yield data[: rng.randrange(HEADER_SIZE, len(data))]
+        size = rng.randrange(HEADER_SIZE, len(data))
+        before = bytearray(rng.randbytes(len(data)))
+        before[size] = data[size] ^ rng.randrange(1, 256)  # else one time in 256 the last byte would be there again
+        host.sides(direction)[1].put(direction, counter, before)
+        yield data[:size]
 
     return edit
 
