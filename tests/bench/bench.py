@@ -107,48 +107,36 @@ def cold_start(world: World, starts: int) -> list[Pair]:
     return [Pair.of("start to READY=1", 'python -c "import grpc"', "s", found["daemon"], found["import"])]
 
 
-def measure(world: World, home: Path, effort: Effort, say: Callable[[str], None]) -> dict[str, list[Pair]]:
-    """Every section, in the order of the table."""
-    found = {"memory": memory(world)}
-    say("front door")
-    found["front door"] = front_door(world, rounds=effort.rounds, calls=effort.door_calls)
-    say("quotes")
-    found["quotes"] = quotes(world, rounds=effort.rounds, calls=effort.quote_calls)
-    say("evidence")
-    found["evidence"] = evidence(world, rounds=effort.rounds // 2, seconds=effort.evidence_seconds)
-    say("group commit")
-    found["group commit"] = group_commit(home, rounds=effort.rounds // 2)
-    say("GPUs in bundles")
-    found["GPUs in bundles"] = gpus_in_bundles(rounds=effort.rounds // 2, seconds=effort.offline_seconds)
-    say("verification")
-    found["verification"] = offline(one_bundle(world), rounds=effort.rounds // 2, seconds=effort.offline_seconds)
-    say("GPUs")
-    found["GPUs"], lacking = gpus(rounds=effort.rounds // 2, times=effort.gpu_times)
-    if lacking:
-        print(f"GPUs: {lacking}", file=sys.stderr)
-    say("sealed objects")
-    found["sealed objects"] = objects(rounds=effort.rounds // 2, seconds=effort.offline_seconds)
-    say("key releases")
-    found["key releases"] = releases(world, home / "k", rounds=effort.rounds // 2, calls=effort.door_calls // 2)
-    say("transfers")
-    found["transfers"] = transfers(rounds=effort.rounds // 2, seconds=effort.offline_seconds, times=effort.gpu_times)
-    say("key brokers")
-    found["key brokers"], lacking = openbao(home / "b", rounds=effort.rounds // 2, seconds=effort.evidence_seconds)
-    if lacking:
-        print(f"key brokers: {lacking}", file=sys.stderr)
-    say("a crowd")
-    found["crowd"], lacking = crowd(home / "c", rounds=effort.rounds, seconds=effort.crowd_seconds)
-    if lacking:
-        print(f"crowd: {lacking}", file=sys.stderr)
-    say("start")
-    found["start"] = cold_start(world, effort.starts)
-    return found
+def sections(world: World, home: Path, effort: Effort) -> dict[str, Callable[[], tuple[list[Pair], str]]]:
+    """How each section is measured, in the order of the table: what was found, and what could not be, and why."""
+    few, seconds = effort.rounds // 2, effort.offline_seconds
+
+    def whole(found: list[Pair]) -> tuple[list[Pair], str]:
+        return found, ""
+
+    return {
+        "memory": lambda: whole(memory(world)),
+        "front door": lambda: whole(front_door(world, rounds=effort.rounds, calls=effort.door_calls)),
+        "quotes": lambda: whole(quotes(world, rounds=effort.rounds, calls=effort.quote_calls)),
+        "evidence": lambda: whole(evidence(world, rounds=few, seconds=effort.evidence_seconds)),
+        "group commit": lambda: whole(group_commit(home, rounds=few)),
+        "GPUs in bundles": lambda: whole(gpus_in_bundles(rounds=few, seconds=seconds)),
+        "verification": lambda: whole(offline(one_bundle(world), rounds=few, seconds=seconds)),
+        "GPUs": lambda: gpus(rounds=few, times=effort.gpu_times),
+        "sealed objects": lambda: whole(objects(rounds=few, seconds=seconds)),
+        "key releases": lambda: whole(releases(world, home / "k", rounds=few, calls=effort.door_calls // 2)),
+        "transfers": lambda: whole(transfers(rounds=few, seconds=seconds, times=effort.gpu_times)),
+        "key brokers": lambda: openbao(home / "b", rounds=few, seconds=effort.evidence_seconds),
+        "crowd": lambda: crowd(home / "c", rounds=effort.rounds, seconds=effort.crowd_seconds),
+        "start": lambda: whole(cold_start(world, effort.starts)),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure cgpu-agent against what it is built on.")
     parser.add_argument("--quick", action="store_true", help="fewer turns: under half a minute")
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT, metavar="FILE", help=f"default: {OUTPUT}")
+    parser.add_argument("--only", action="append", metavar="SECTION", help="this section, and others so named")
     arguments = parser.parse_args()
     effort = QUICK if arguments.quick else FULL
     # Every connection takes descriptors on both sides of two doors.
@@ -162,7 +150,16 @@ def main() -> int:
     say("starting")
     # A short path: socket addresses have at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder, running(Path(folder)) as world:
-        found = measure(world, Path(folder), effort, say)
+        work = sections(world, Path(folder), effort)
+        wanted = arguments.only or list(work)
+        if unknown := [name for name in wanted if name not in work]:
+            parser.error(f"no such section: {unknown[0]} ({', '.join(work)})")
+        found = {}
+        for name in wanted:
+            say(name)
+            found[name], lacking = work[name]()
+            if lacking:
+                print(f"{name}: {lacking}", file=sys.stderr)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "quick": arguments.quick,

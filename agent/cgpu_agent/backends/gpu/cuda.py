@@ -122,6 +122,10 @@ class Context:
         """Queue a copy into pinned memory."""
         self._do("cuMemcpyDtoHAsync", pinned, device, size, stream)
 
+    def within_device(self, to: int, device: int, size: int, stream: Any) -> None:
+        """Queue a copy from device memory to device memory."""
+        self._do("cuMemcpyDtoDAsync", to, device, size, stream)
+
     def destroy(self) -> None:
         """End it, with everything in it, whatever became of it. Only once."""
         _ask("cuCtxDestroy", self._context)

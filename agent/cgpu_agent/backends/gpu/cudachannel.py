@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from cgpu_agent.backends.devicememory import MAX_PACKED_COPY, Buffer
 from cgpu_agent.backends.gpu.cuda import Context
@@ -119,6 +119,15 @@ class Rooms:
         return room
 
 
+class _Run(NamedTuple):
+    """Bytes of a buffer that go to one place: ``start`` in the buffer, ``offset`` in the allocation."""
+
+    room: Room
+    offset: int
+    start: int
+    size: int
+
+
 @dataclass(slots=True)
 class _Slot:
     """One of a channel's buffers, and the mark behind its last copy. ``pending``: that may not have been made yet."""
@@ -163,6 +172,7 @@ class CudaChannel:
                     raise Exhausted("TRANSFER_CHANNELS", "there is no memory for another transfer channel") from fault
                 raise
             self._made: Final = made.pop_all()
+        self._stage: int | None = None
         self.closed = False
 
     @property
@@ -220,17 +230,47 @@ class CudaChannel:
     def _push(self, pieces: Iterable[tuple[Room, int, memoryview]]) -> None:
         """Write ``(allocation, offset, bytes)``, at most ``SLOT`` each, as many to a buffer as fit."""
         slots = itertools.cycle(self._slots)
-        used = SLOT
+        slot, used, runs = next(slots), SLOT, list[_Run]()
         for room, offset, piece in pieces:
             if used + len(piece) > SLOT:
-                slot, used = next(slots), 0
+                self._send(slot, runs)
+                slot, used, runs = next(slots), 0, []
                 self._wait(slot)
             self._require_wanted(room)
             _fill(slot.address + used, piece)
-            slot.pending = True
-            self._context.to_device(room.address + offset, slot.address + used, len(piece), self._stream)
-            self._context.mark(slot.event, self._stream)
+            last = runs[-1] if runs else None
+            if last is not None and last.room is room and last.offset + last.size == offset:
+                runs[-1] = last._replace(size=last.size + len(piece))
+            else:
+                runs.append(_Run(room, offset, used, len(piece)))
             used += len(piece)
+        self._send(slot, runs)
+
+    def _send(self, slot: _Slot, runs: Sequence[_Run]) -> None:
+        """Queue the copies of a buffer's bytes to their places. To many places they go by way of a buffer on the
+        device: what crosses the bus costs the same however small it is, and copies on the device next to nothing."""
+        if not runs:
+            return
+        slot.pending = True
+        stage = self._staging() if len(runs) > 1 else None
+        if stage is None:
+            for room, offset, start, size in runs:
+                self._context.to_device(room.address + offset, slot.address + start, size, self._stream)
+        else:
+            stage += slot.address - self._pinned
+            self._context.to_device(stage, slot.address, runs[-1].start + runs[-1].size, self._stream)
+            for room, offset, start, size in runs:
+                self._context.within_device(room.address + offset, stage + start, size, self._stream)
+        self._context.mark(slot.event, self._stream)
+
+    def _staging(self) -> int | None:
+        """Device memory as large as all buffers, made when it is first needed; ``None`` while there is no room."""
+        if self._stage is None:
+            with contextlib.suppress(Exhausted):
+                self._stage = self._context.allocate(_SLOTS * SLOT)
+                self._made.callback(self._context.free, self._stage)
+                self._made.callback(self._context.zero, self._stage, _SLOTS * SLOT)
+        return self._stage
 
     def _pull(self, slot: _Slot, piece: memoryview) -> None:
         self._wait(slot)
