@@ -21,7 +21,7 @@ from cgpu_agent.backends.tpm.commands import Commands
 from cgpu_agent.cedar.files import default_policy
 from cgpu_agent.client import Admin
 from cgpu_agent.client.unwrap import Receiver
-from cgpu_agent.daemon.app import SystemClock
+from cgpu_agent.daemon.parts import SystemClock
 from cgpu_agent.domain.audit import AuditLog
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))

@@ -16,6 +16,7 @@ from cgpu_agent.domain.loading import LOADS, PIECE
 from cgpu_agent.ready.__main__ import USER
 from cgpu_agent.ready.identity import UNIT
 from cgpu_agent.rpc.keptleases import PER_LEASE
+from cgpu_agent.rpc.leasedoor import _MAX_REFUSING
 from cgpu_agent.wire.ready import SOCKET
 
 UNITS = Path(__file__).resolve().parents[2] / "systemd"
@@ -203,7 +204,7 @@ def test_every_allowed_caller_has_descriptors() -> None:
 def test_what_is_lent_fits_into_the_units_memory_and_threads() -> None:
     service, limits = settings(SERVICE), Config().limits
     assert service["MemoryMax"] == [f"{limits.lease_mib_in_all // 1024 + 2}G"]
-    assert int(service["TasksMax"][0]) >= 2 * (limits.leases + limits.channels) + 128
+    assert int(service["TasksMax"][0]) >= limits.leases + 2 * limits.channels + _MAX_REFUSING + 100
 
 
 def test_secrets_do_not_go_to_a_swap() -> None:

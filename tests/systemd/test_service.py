@@ -1,16 +1,24 @@
-"""The installed units under a real systemd: start, stop, reload, crash, hang, and who callers are."""
+"""The installed units under a real systemd: start, stop, reload, crash, hang, who callers are, and a full house."""
 
 from __future__ import annotations
 
 import json
 import secrets
+import shutil
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cgpu_agent.daemon.config import Limits
+from cgpu_agent.rpc.keptleases import PER_LEASE
+from cgpu_agent.rpc.leasedoor import _MAX_REFUSING
 from fixtures.machine import AUDIENCE, judge
-from fixtures.nspawn import CONFIG, Container, machine
+from fixtures.nspawn import CONFIG, PATIENCE, Container, machine
+from fixtures.policies import permit
 
 AGENT = "cgpu-agent.service"
 SOCKETS = ("cgpu-agent.socket", "cgpu-agent-admin.socket", "cgpu-agent-lease.socket")
@@ -240,3 +248,72 @@ def test_an_agent_that_cannot_stay_is_given_up_after_five_starts(vm: Container) 
     vm.until(lambda: vm.active(AGENT) == "failed")
     assert restarts(vm) == 5
     assert "Start request repeated too quickly" in vm.journal(AGENT)
+
+
+# -- a full house
+
+LIMITS = Limits()
+OTHER_THREADS = 100
+"""Those that are no caller's."""
+LENDS = f"""\
+policy = "/etc/cgpu-agent/policy.cedar"
+{CONFIG}
+[[key]]
+id = "kek"
+broker = "credential"
+"""
+
+
+@contextmanager
+def crowd(vm: Container) -> Iterator[dict[str, Any]]:
+    """As many callers and leases as the configuration allows, until the end; yields what they are told."""
+    shutil.copy(Path(__file__).parent / "crowd.py", vm.console.parent)
+    sizes = (LIMITS.connections, LIMITS.connections_per_uid, LIMITS.leases, LIMITS.leases_per_uid)
+    command = ("python3", "-I", "/srv/host/crowd.py", *map(str, sizes))
+    unit = ("systemd-run", "--quiet", "--unit=crowd", "--pipe", "--wait", "--collect")
+    process = vm.popen(*unit, *command, stdin=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said, process.communicate(timeout=PATIENCE)[1]
+        yield json.loads(said)
+    finally:
+        process.communicate(timeout=PATIENCE)
+
+
+def held(vm: Container) -> tuple[int, int]:
+    """Threads and descriptors of the agent, which is one process."""
+    pid = vm.pid(AGENT)
+    assert vm.run("cat", f"/sys/fs/cgroup/system.slice/{AGENT}/cgroup.procs").split() == [str(pid)]
+    threads, descriptors = (len(vm.run("ls", f"/proc/{pid}/{kind}").split()) for kind in ("task", "fd"))
+    return threads, descriptors
+
+
+def leases(vm: Container) -> tuple[int, int]:
+    """On lease, as the agent counts them; and descriptors that systemd keeps of them."""
+    found = vm.unit("cgpuctl", "metrics").partition("\ncgpu_agent_leases ")[2]
+    return int(found.split()[0]), int(vm.show(AGENT, "NFileDescriptorStore"))
+
+
+def test_all_that_the_limits_allow_fits_and_one_more_is_told(vm: Container) -> None:
+    rules = permit("key.open", "true")
+    vm.run("sh", "-c", "cat /usr/share/cgpu-agent/policy.cedar - >/etc/cgpu-agent/policy.cedar", text=rules)
+    vm.write(CONFIG_FILE, LENDS)
+    vm.run("systemctl", "restart", AGENT)
+    _, descriptors = held(vm)
+    with crowd(vm) as told:
+        assert told["members"] == ["served"] * (LIMITS.connections // LIMITS.connections_per_uid)
+        assert told["one more"]["call"].startswith("CONNECTION_LOST: ")
+        assert told["one more"]["lease"].startswith("LEASE_LIMIT: ")
+        assert f"{LIMITS.connections} connected" in vm.unit("cgpuctl", "status")
+
+        threads, all_descriptors = held(vm)
+        assert all_descriptors - descriptors <= 4 * LIMITS.connections + 5 * LIMITS.leases
+        assert all_descriptors + 5 * LIMITS.channels + 1024 < int(vm.show(AGENT, "LimitNOFILESoft"))
+        assert threads < LIMITS.leases + OTHER_THREADS
+        assert threads + 2 * LIMITS.channels + _MAX_REFUSING + OTHER_THREADS < int(vm.show(AGENT, "TasksMax"))
+
+        assert leases(vm) == (LIMITS.leases, PER_LEASE * LIMITS.leases)
+        vm.run("systemctl", "restart", AGENT)
+        assert leases(vm) == (LIMITS.leases, PER_LEASE * LIMITS.leases)
+    vm.until(lambda: leases(vm) == (0, 0))

@@ -69,6 +69,16 @@ until_true cgpuctl key get models/llama -o results/key
 STAYS_SHUT = """
 sleep 20
 """
+OUT_OF_MEMORY = """
+group=/sys/fs/cgroup/system.slice/cgpu-agent.service
+bounds() { (cd $group && grep . memory.max memory.swap.max pids.max); }
+anew() { systemctl is-active --quiet cgpu-agent && [ $(systemctl show --value -p NRestarts cgpu-agent) = 1 ]; }
+say bounds bounds
+echo 32M >$group/memory.max
+until_true anew
+say bounds-anew bounds
+say ended journalctl --boot --unit=cgpu-agent --output=cat
+"""
 EVIDENCE = """
 say key.said cgpuctl key get models/llama -o results/key
 say evidence cgpuctl evidence get --nonce $(cat nonce) --audience $(cat audience) -o results/bundle.json
@@ -272,11 +282,27 @@ def test_an_unsigned_kernel_does_not_start(world: World, sealed: Booted) -> None
     assert machine.REFUSED in booted.boot.console
 
 
-def test_sealed_keys_outlive_reboots_and_what_was_tried_in_between(world: World, sealed: Booted) -> None:
+@pytest.fixture(scope="module")
+def again(world: World, sealed: Booted) -> Booted:
+    """The boot that was meant, once more; in it the agent has too little memory for a moment."""
     image.put_on_esp(world.vm.disk, world.image("good"))
-    booted = world.boot("again", OPENS, firmware=machine.SECURE_BOOT)
-    assert booted.key == SECRET
-    assert different(booted.verdict()) == set()
+    return world.boot("again", OUT_OF_MEMORY + OPENS, firmware=machine.SECURE_BOOT)
+
+
+def test_sealed_keys_outlive_reboots_and_what_was_tried_in_between(again: Booted) -> None:
+    assert again.key == SECRET
+    assert different(again.verdict()) == set()
+
+
+def test_an_agent_out_of_memory_is_ended_by_the_kernel_and_started_again(again: Booted) -> None:
+    bounds = {"memory.max:6442450944", "memory.swap.max:0", "pids.max:640"}
+    assert set(again.boot.text("bounds").split()) == bounds
+    assert set(again.boot.text("bounds-anew").split()) == bounds
+    ended = again.boot.text("ended")
+    assert "Failed with result 'oom-kill'" in ended
+    keys = [line for line in ended.splitlines() if line.startswith("serving evidence agent_ak=")]
+    assert len(keys) == 2
+    assert keys[0] == keys[1]
 
 
 def assert_shut(booted: Booted) -> None:

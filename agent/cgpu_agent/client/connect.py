@@ -83,7 +83,8 @@ def unreachable(path: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> Unav
             return Unavailable("SOCKET_DENIED", f"no permission to connect to {path}: {_WHO_MAY}")
         except OSError:
             return Unavailable("NO_AGENT", f"nobody listens at {path}: systemctl status cgpu-agent", retry_after=1.0)
-    return Unavailable("CONNECTION_LOST", "the agent closed the connection; try again", retry_after=0.5)
+    why = "it starts anew, or has as many callers as it takes"
+    return Unavailable("CONNECTION_LOST", f"the agent closed the connection: {why}; try again", retry_after=0.5)
 
 
 def translate(error: Any, path: str) -> AgentError:

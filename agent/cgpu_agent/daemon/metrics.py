@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, get_args
 
-from cgpu_agent import __version__
 from cgpu_agent.daemon.servers import SELF_CHECK, Guarded
 from cgpu_agent.domain.core import Core, Problem, State
 from cgpu_agent.domain.gpustate import Phase
@@ -29,11 +28,11 @@ def families(
     leases: Leases,
     state: State,
     problems: Sequence[Problem],
-    build: str,
 ) -> list[Family]:
     """Everything that is measured, as it stands."""
+    program = {name: core.settings.agent[name] for name in ("version", "build")}
     return [
-        Family("cgpu_agent_build_info", "gauge", "The program.", [({"version": __version__, "build": build}, 1)]),
+        Family("cgpu_agent_build_info", "gauge", "The program.", [(program, 1)]),
         Family(
             "cgpu_agent_state",
             "gauge",

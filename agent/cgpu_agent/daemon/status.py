@@ -66,11 +66,7 @@ def compose(
     servers: Sequence[Guarded],
     stuck: Sequence[str],
     reload_problem: str | None,
-    *,
     uptime: float,
-    register: int,
-    evidence_pcrs: Sequence[int],
-    identity_strength: str,
 ) -> pb.GetStatusResponse:
     """Everything an operator may ask."""
     found = problems(core, stuck, reload_problem)
@@ -81,7 +77,7 @@ def compose(
         version=__version__,
         uptime_seconds=uptime,
         problems=[pb.Problem(reason=p.reason, message=p.message, remedy=p.remedy) for p in found],
-        tpm=_tpm(core.keys, evidence_pcrs),
+        tpm=_tpm(core.keys, core.settings.evidence_pcrs),
         door=pb.DoorStatus(
             open=stats.open,
             accepted=stats.accepted,
@@ -95,9 +91,9 @@ def compose(
             for (method, code), count in sorted(server.gate.calls.items())
             if method != SELF_CHECK
         ],
-        identity_strength=identity_strength,
+        identity_strength=core.settings.identity_strength,
         agent_log_records=len(core.boot.log.records) if core.established else 0,
-        agent_register=register,
+        agent_register=core.settings.register,
     )
 
 

@@ -10,9 +10,9 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
-from cgpu_agent.daemon.app import _open_gpus
 from cgpu_agent.daemon.config import GpuConfig, parse
 from cgpu_agent.daemon.gpus import load_judge, load_rules
+from cgpu_agent.daemon.parts import _open_gpus
 from cgpu_agent.domain.gpurules import GpuRules
 from cgpu_agent.errors import Misuse
 from cgpu_agent.verifier.gpuchain import NVIDIA_DEVICE_ROOTS, NVIDIA_RIM_ROOTS

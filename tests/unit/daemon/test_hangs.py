@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from cgpu_agent.backends.notify import Notifier
-from cgpu_agent.daemon.app import App, SystemClock
+from cgpu_agent.daemon.app import App
 from cgpu_agent.daemon.config import load
+from cgpu_agent.daemon.parts import SystemClock
 from cgpu_agent.daemon.watchdog import Heartbeat, Watchdog
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.gpustate import EXPIRED, Reason
@@ -134,7 +135,7 @@ def test_no_part_of_the_daemon_is_left_out() -> None:
             "GPU watch",
         }
         assert "upkeep" in app._watchdog.stuck(time.monotonic() + 1000.0)
-        app._tpm.close()
+        app._parts.tpm.close()
 
     with booted_daemon() as daemon:
         daemon.tables["gpu"] = f'backend = "software:{daemon.folder}/gpu.sock"'
