@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from cgpu_agent.rpc.fairshare import FairShare
 from cgpu_agent.rpc.frontdoor import FrontDoor
 from cgpu_agent.rpc.identify import Identified, Identifier
 from cgpu_agent.rpc.peer import SO_PASSRIGHTS
+from cgpu_agent.rpc.pressure import AHEAD
 from cgpu_agent.rpc.pump import BUFFER_SIZE
 from frontdoor_kit import SERVICE, Client, Kit, call, connect, descriptors, entries, needs_root, until, with_kit
 
@@ -259,6 +261,23 @@ def test_who_sends_much_is_read_in_shares_while_others_send_and_whole_when_alone
                 assert not answered.done()
                 light.process.kill()
                 assert await answered == 1 << 20
+
+    with_kit(scenario)
+
+
+def test_not_all_that_one_sends_alone_waits_in_a_server_that_is_late() -> None:
+    """Whoever comes next would wait for all of it."""
+
+    async def scenario(kit: Kit) -> None:
+        assert kit.front._pressure is not None
+        kit.front._pressure._until = math.inf
+        async with kit.client("send", size=1 << 16, every=0.05) as alone:
+            assert await alone.says() == 1 << 16
+            (connection,) = kit.front._table.values()
+            before = connection.inward.moved
+            time.sleep(0.5)  # noqa: ASYNC251 - the server does something else
+            assert 0 < connection.inward.moved - before <= AHEAD
+            assert await alone.says() == 1 << 16
 
     with_kit(scenario)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cgpu_agent.api.v1 import (
     admin_pb2,
@@ -118,6 +118,19 @@ class _SelfCheck(grpc.GenericRpcHandler):
         return grpc.unary_unary_rpc_method_handler(answer)
 
 
+class _OneQueue:
+    """A server to which services are added, so that it takes calls in the order in which they come.
+
+    grpc has a queue of its own for each method that is registered, and the front door would not know how far it is.
+    """
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, _service: str, _handlers: object) -> None:
+        """Nothing: generated code adds the same handlers as generic ones, too."""
+
+
 def with_self_check(authorize: Callable[[Caller, str], Decision]) -> Callable[[Caller, str], Decision]:
     """Let this very process, and nobody else, run the self check."""
 
@@ -162,11 +175,13 @@ def guarded(
             ("grpc.max_concurrent_streams", MAX_STREAMS),
         ),
     )
-    services = add_services(server)
+    queue: Any = _OneQueue(server)
+    services = add_services(queue)
     checker = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+    health_pb2_grpc.add_HealthServicer_to_server(checker, queue)
     server.add_generic_rpc_handlers((_SelfCheck(),))
-    reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    reflector = reflection.aio.ReflectionServicer((*services, health.SERVICE_NAME, reflection.SERVICE_NAME))
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflector, queue)
     server.add_insecure_port(f"unix:{inner}")
     public = listener.sock.getsockname()
     return Guarded(name, server, gate, door, public, checker)

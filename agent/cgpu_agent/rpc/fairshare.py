@@ -6,9 +6,6 @@ would make everybody else wait; but what is not read yet waits with its sender.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import time
 from typing import Final
 
 from cgpu_agent.rpc.admission import Seat
@@ -20,9 +17,6 @@ CONNECTION: Final = 512
 """Bytes that a new connection counts for: asking who it is costs as much as a few calls."""
 _ALONE_SECONDS: Final = 1.0
 _MANY: Final = 256
-_LATE_SECONDS: Final = 0.01
-_PROBE_SECONDS: Final = 0.01
-_PRESSED_SECONDS: Final = 60.0
 
 
 class FairShare:
@@ -58,31 +52,3 @@ class FairShare:
     def _balance(self, seat: Seat, now: float) -> float:
         left, since = self._left.get(seat, (self._burst, now))
         return min(self._burst, left + (now - since) * self._rate)
-
-
-class Pressure:
-    """Whether the event loop is behind, as seen by another thread, which is this object's.
-
-    It is asked how late it is while there are calls, and not otherwise. Once late it counts as pressed for a while:
-    it is on time again *because* shares are enforced.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._asked = -_PROBE_SECONDS
-        self._answered = True
-        self._until = 0.0
-
-    def pressed(self, now: float) -> bool:
-        """Ask again if it is time; whether it is, or was lately, late."""
-        if self._answered and now - self._asked >= _PROBE_SECONDS:
-            self._asked, self._answered = now, False
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._answer, now)
-        return now < self._until or (not self._answered and now - self._asked > _LATE_SECONDS)
-
-    def _answer(self, asked: float) -> None:
-        now = time.monotonic()
-        if now - asked > _LATE_SECONDS:
-            self._until = now + _PRESSED_SECONDS
-        self._answered = True

@@ -27,8 +27,9 @@ from cgpu_agent.rpc.addresses import Listener, PrivateDirectory
 from cgpu_agent.rpc.admission import Admission, DoorLimits, DoorStats, Seat
 from cgpu_agent.rpc.connection import Connection
 from cgpu_agent.rpc.exe_digest import ExeDigests
-from cgpu_agent.rpc.fairshare import CONNECTION, FairShare, Pressure
+from cgpu_agent.rpc.fairshare import CONNECTION, FairShare
 from cgpu_agent.rpc.identify import Identified, Identifier
+from cgpu_agent.rpc.pressure import Pressure
 from cgpu_agent.rpc.pump import BUFFER_SIZE, Flow, Moved
 from cgpu_agent.rpc.reactor import Reactor
 
@@ -86,6 +87,7 @@ class FrontDoor:
         self._shares = FairShare()
         self._pressure: Pressure | None = None
         self._paused: dict[Seat, dict[Flow, Connection]] = {}
+        self._held: dict[Flow, Connection] = {}
         self._knocking: list[Listener] = []
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
         self._counts: Counter[str] = Counter()
@@ -99,7 +101,7 @@ class FrontDoor:
 
     def start(self) -> None:
         """Begin to accept. On the event loop of the inner server."""
-        self._pressure = Pressure(asyncio.get_running_loop())
+        self._pressure = Pressure(asyncio.get_running_loop(), self._directory.inner, self._reactor.ring)
         self._directory.verify()
         for listener in self._listeners:
             self._resume(listener)
@@ -198,6 +200,9 @@ class FrontDoor:
     def _obey(self) -> None:
         if self._stopping:
             self._close_listeners()
+        held, self._held = self._held, {}
+        for flow, connection in held.items():
+            self._move(connection, flow)
 
     def _close_listeners(self) -> None:
         for listener in self._listeners:
@@ -348,7 +353,7 @@ class FrontDoor:
 
     def _move(self, connection: Connection, flow: Flow, *, drain: bool = True) -> None:
         seat = connection.seat
-        if connection.closed or flow in self._unfinished or flow in self._paused.get(seat, ()):
+        if connection.closed or flow in self._unfinished or flow in self._held or flow in self._paused.get(seat, ()):
             return
         if flow is connection.inward:
             moved = self._move_inward(connection, flow, drain=drain)
@@ -361,19 +366,28 @@ class FrontDoor:
 
     def _move_inward(self, connection: Connection, flow: Flow, *, drain: bool) -> Moved | None:
         """What a caller says goes on as its uid's share allows; ``None``: not now."""
-        now, seat = time.monotonic(), connection.seat
-        pressed = self._pressure is not None and self._pressure.pressed(now)
-        share = self._shares.allowed(seat, now) if pressed else None
+        now, seat, pressure = time.monotonic(), connection.seat, self._pressure
+        most, share = self._limits.bytes_per_wake, None
+        if seat == "own" or (pressure is not None and not pressure.pressed(now)):
+            pressure = None
+        if pressure is not None:
+            share = self._shares.allowed(seat, now)
+            most = pressure.room if share is None else share
         if share is not None and share < _LEAST_SHARE:
             if seat not in self._paused:
                 self._paused[seat] = {}
                 self._reactor.after(_PAUSE_SECONDS, partial(self._end_pause, seat))
             self._paused[seat][flow] = connection
             return None
-        most = self._limits.bytes_per_wake if share is None else share
+        if most <= 0:
+            self._held[flow] = connection
+            return None
         before = flow.moved
         moved = flow.move(self._buffer[:most], most, drain=drain)
-        self._shares.took(seat, flow.moved - before, now)
+        took = flow.moved - before
+        self._shares.took(seat, took, now)
+        if pressure is not None and share is None:
+            pressure.took(took, now)
         return moved
 
     def _end_pause(self, seat: Seat) -> None:

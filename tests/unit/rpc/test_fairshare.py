@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-
-from cgpu_agent.rpc.fairshare import FairShare, Pressure
+from cgpu_agent.rpc.fairshare import FairShare
 
 
 def test_who_is_alone_may_send_anything() -> None:
@@ -61,24 +58,3 @@ def test_no_list_of_everybody_who_ever_called_is_kept() -> None:
     assert shares.allowed(1000, 1000.5) is None
     shares.took(1001, 1, 1000.5)
     assert shares.allowed(1000, 1000.5) == 5
-
-
-def test_a_loop_that_is_late_is_pressed_for_a_while_and_one_on_time_is_not() -> None:
-    async def scenario() -> None:
-        pressure = Pressure(asyncio.get_running_loop())
-        assert not pressure.pressed(time.monotonic())
-        assert pressure.pressed(time.monotonic() + 1.0)  # it was asked, and says nothing
-        time.sleep(0.05)  # noqa: ASYNC251 - the loop does something else
-        await asyncio.sleep(0)
-        now = time.monotonic()
-        assert pressure.pressed(now + 1.0)
-        await asyncio.sleep(0)
-        assert not pressure.pressed(now + 100.0)
-
-    asyncio.run(scenario())
-
-
-def test_a_loop_that_is_closed_is_asked_in_vain() -> None:
-    loop = asyncio.new_event_loop()
-    loop.close()
-    assert not Pressure(loop).pressed(time.monotonic())
