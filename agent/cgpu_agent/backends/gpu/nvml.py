@@ -33,7 +33,7 @@ _UUID = re.compile(r"GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TEXT = re.compile(r"[ -~]{1,95}")
 _ARCHITECTURES: Final[Mapping[int | None, GpuArchitecture]] = {7: "ampere", 9: "hopper", 10: "blackwell"}
 _ENVIRONMENTS: Final[Mapping[int, str]] = {0: "unavailable", 1: "sim", 2: "prod"}
-_MULTI_GPU: Final[Mapping[int, MultiGpuMode]] = {0: "none", 1: "protected-pcie", 2: "nvle"}
+_MULTI_GPU: Final[Mapping[int | None, MultiGpuMode]] = {0: "none", 1: "protected-pcie", 2: "nvle"}
 _FLAGS: Final[Mapping[int, bool]] = {0: False, 1: True}
 _KIB: Final = 1024
 
@@ -107,7 +107,8 @@ class Nvml:
     def evidence(self, uuid: str, nonce: bytes) -> GpuEvidence:
         """Report over ``nonce``, and the attestation certificate chain.
 
-        Raises ``Misuse``: ``BAD_NONCE``, ``BAD_GPU_UUID``.
+        Raises ``Misuse``: ``BAD_NONCE``, ``BAD_GPU_UUID``; ``Unavailable`` (``GPU_UNSUPPORTED``) where confidential
+        computing is off: then the driver fails for reasons that it cannot tell.
         """
         if len(nonce) != NONCE_SIZE:
             raise Misuse("BAD_NONCE", f"a GPU signs {NONCE_SIZE} bytes of nonce, not {len(nonce)}")
@@ -116,13 +117,18 @@ class Nvml:
         device = _ask("nvmlDeviceGetHandleByUUID", uuid)
         if _ask("nvmlDeviceGetUUID", device) != uuid:
             raise bad_answer("nvmlDeviceGetHandleByUUID")
+        if _confidential() is False:
+            raise Unavailable("GPU_UNSUPPORTED", "confidential computing is not on: the GPU signs nothing")
         call = "nvmlDeviceGetConfComputeGpuAttestationReport"
         answer = _ask(call, device, nonce)
         report = _sized(answer.attestationReport, answer.attestationReportSize, call)
         return GpuEvidence(report, _chain(device))
 
     def ready(self) -> bool | None:
-        """Whether the GPUs accept work; ``None`` where the driver has no such state."""
+        """Whether the GPUs accept work; ``None`` where that is no matter of a state: the driver has none, or
+        confidential computing is off. Then they accept work, and the driver says that they do not."""
+        if _confidential() is False:
+            return None
         call = "nvmlSystemGetConfComputeGpusReadyState"
         state = _optional(call)
         return None if state is None else _known(_FLAGS, state, call)
@@ -236,23 +242,32 @@ def _system() -> _System:
     driver = _text("nvmlSystemGetDriverVersion")
     threshold = _optional("nvmlSystemGetConfComputeKeyRotationThresholdInfo")
     advantage = None if threshold is None else threshold.attackerAdvantage
-    multi_gpu: MultiGpuMode = "unknown"
-    try:
-        modes, call = _settings()
-        multi_gpu = _MULTI_GPU.get(modes.multiGpuMode, "unknown")
-    except Unavailable:
-        call = "nvmlSystemGetConfComputeState"
-        modes = _optional(call)
-        if modes is None:
-            return _System(driver, None, None, None, multi_gpu, advantage)
+    modes, call = _modes()
+    if modes is None:
+        return _System(driver, None, None, None, "unknown", advantage)
     return _System(
         driver=driver,
         cc=_known(_FLAGS, modes.ccFeature, call),
         environment=_known(_ENVIRONMENTS, modes.environment, call),
         dev_tools=_known(_FLAGS, modes.devToolsMode, call),
-        multi_gpu=multi_gpu,
+        multi_gpu=_MULTI_GPU.get(getattr(modes, "multiGpuMode", None), "unknown"),
         key_rotation_threshold=advantage,
     )
+
+
+def _confidential() -> bool | None:
+    """Whether confidential computing is on; ``None`` from a driver of before it."""
+    modes, call = _modes()
+    return None if modes is None else _known(_FLAGS, modes.ccFeature, call)
+
+
+def _modes() -> tuple[Any | None, str]:
+    """What says in which mode the GPUs are, or ``None``; and the call that told."""
+    try:
+        return _settings()
+    except Unavailable:
+        call = "nvmlSystemGetConfComputeState"
+        return _optional(call), call
 
 
 def _settings() -> tuple[Any, str]:

@@ -279,6 +279,17 @@ def test_without_a_ready_state_there_is_none_and_it_cannot_be_set(driver: FakeDr
     assert refused(lambda: asyncio.run(gpus.set_ready(False, timeout=30)), Unavailable).slug == "GPU_UNSUPPORTED"
 
 
+def test_without_confidential_computing_there_is_neither_evidence_nor_a_ready_state(
+    driver: FakeDriver, gpus: NvmlGpus
+) -> None:
+    """As a real driver has it: it says "not ready" of GPUs that work, and cannot tell why there is no report."""
+    driver.say("settings", "0 0 0 0")
+    driver.fail(REPORT, 999)
+    assert asyncio.run(gpus.ready(timeout=30)) is None
+    fault = refused(lambda: asyncio.run(gpus.evidence(uuid_of(0), NONCE, timeout=30)), Unavailable)
+    assert (fault.slug, "is not on" in fault.message) == ("GPU_UNSUPPORTED", True)
+
+
 def test_refuses_a_ready_state_without_meaning(driver: FakeDriver, gpus: NvmlGpus) -> None:
     driver.say("ready", "2")
     assert refused(lambda: asyncio.run(gpus.ready(timeout=30))).slug == "GPU_ERROR"
