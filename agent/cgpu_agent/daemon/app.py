@@ -15,6 +15,7 @@ from cgpu_agent import __version__
 from cgpu_agent.backends.notify import Notifier
 from cgpu_agent.daemon import status
 from cgpu_agent.daemon.config import Config, LogLevel
+from cgpu_agent.daemon.gpus import Rejections
 from cgpu_agent.daemon.metrics import families
 from cgpu_agent.daemon.parts import make_parts
 from cgpu_agent.daemon.reload import InForce, renew
@@ -215,16 +216,15 @@ class App:
     async def _tell_gpus(self, gpus: GpuSessions) -> None:
         """Every change of the GPUs, in the journal."""
         told: object = None
+        rejections = Rejections()
         async for view in gpus.watch():
             if view.state != told:
                 told = view.state
                 await self._follow()
                 reason = view.reason
                 log.info("GPUs", state=told, line=view.line, reason=None if reason is None else reason.slug)
-            for session in view.sessions:
-                if session.phase == "rejected" and session.reason is not None:
-                    uuid, why = session.info.uuid, session.reason
-                    log.warning("GPU rejected", uuid=uuid, reason=why.slug, why=why.message)
+            for uuid, why in rejections.news(view.sessions):
+                log.warning("GPU rejected", uuid=uuid, reason=why.slug, why=why.message)
 
     async def _show(self) -> None:
         """Make systemd's line and grpc.health tell the same truth."""

@@ -11,26 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cgpu_agent.backends.base import GpuInfo
 from cgpu_agent.domain.gpustate import EXPIRED, MAX_LOST, STARTED, Attempt, GpuState, Reason, Verdict
+from fixtures.gpuinfo import gpu
 
 BAD = Reason("BAD", "it is bad")
-
-
-def gpu(number: int, **changed: object) -> GpuInfo:
-    info = GpuInfo(
-        uuid=f"GPU-{number}",
-        bdf=f"0000:0{number % 10}:00.0",
-        model="H100",
-        architecture="hopper",
-        driver="550.90.07",
-        vbios="96.00.9F.00.01",
-        cc=True,
-        cc_environment="prod",
-        dev_tools=False,
-        multi_gpu="none",
-        protected_memory=None,
-        key_rotation_threshold=None,
-    )
-    return dataclasses.replace(info, **changed)  # type: ignore[arg-type]
 
 
 ONE, TWO = gpu(1), gpu(2)
