@@ -1,6 +1,6 @@
 # "make help" lists every target; the two that matter are "make demo" and "make test".
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench transfer-sweep campaign kills restarts hostile-host soak install install-vm install-verifier uninstall deb test-systemd test-vm dist clean
+.PHONY: help demo demo-stop test check dev lint types imports fresh units man fmt generate bench bench-gpu transfer-sweep campaign kills restarts hostile-host soak install install-vm install-verifier uninstall deb test-systemd test-vm test-gpu dist clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -62,8 +62,14 @@ test-vm: dev deb ## measured boots of the agent in QEMU with Secure Boot and a T
 	@PYTHON=/usr/bin/python3 sh packaging/bootstrap.sh vm
 	$(BIN)/python -m pytest --timeout 0 -s tests/vm/measured_boot.py
 
+test-gpu: dev ## CUDA, NVML and errors of an NVIDIA GPU that is at hand; skipped without one
+	$(BIN)/python -m pytest tests/metal
+
 bench: dev ## measure; ratios on the terminal, numbers in build/bench.json
 	$(BIN)/python tests/bench/bench.py
+
+bench-gpu: dev ## the way to an NVIDIA GPU's memory beside CUDA alone
+	$(BIN)/python tests/bench/metal.py
 
 transfer-sweep: dev ## speed of transfers by size and number of slots, a model; plot in build/transfer-sweep.svg
 	$(BIN)/python tests/bench/sweep.py

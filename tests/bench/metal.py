@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cgpu_agent.backends.gpu.cuda import Context, _ask
 from cgpu_agent.backends.gpu.cudachannel import CudaChannel
 from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
+from cgpu_agent.errors import DeviceFault, Unavailable
 from cgpu_agent.transfer.memory import address_of
 from fixtures.cuda import PATIENCE, Owner
 
@@ -33,10 +33,10 @@ TIMES = 300
 
 
 def rate(work: Callable[[], object], size: int) -> float:
-    """Bytes per second."""
+    """GB/s of one run."""
     begun = time.perf_counter()
     work()
-    return size / (time.perf_counter() - begun)
+    return size / (time.perf_counter() - begun) / 1e9
 
 
 class Alone:
@@ -107,7 +107,7 @@ def pairs(gpu: str) -> list[Pair]:
         ("write", "pinned to"), ("write", "ordinary to"), ("write", "memory"), ("two", "write"),
         ("read", "pinned from"), ("read", "ordinary from"), ("read", "memory"),
     ):  # fmt: skip
-        found.append(Pair.of(f"{ours}, 256 MiB", theirs, "B/s", told[ours], told[theirs]))
+        found.append(Pair.of(f"{ours}, 256 MiB", theirs, "GB/s", told[ours], told[theirs]))
     for size in (4 << 10, 1 << 20):
         found += small(channels[0], handles[0], memory[0], alone, size)
     found += packed(channels[0], handles[0], memory[0])
@@ -152,29 +152,16 @@ def packed(channel: CudaChannel, handle: int, memory: bytearray) -> list[Pair]:
     ]
 
 
-def driver(gpus: NvmlGpus) -> dict[str, float]:
-    """Seconds of what the agent asks NVML for: first, and then."""
-    found = {}
-    for turn in ("first", "then"):
-        begun = time.perf_counter()
-        asyncio.run(gpus.list(timeout=PATIENCE))
-        found[f"list, {turn}"] = time.perf_counter() - begun
-    return found
-
-
 def main() -> int:
     gpus = NvmlGpus()
-    print(json.dumps(driver(gpus)))
-    gpu = asyncio.run(gpus.list(timeout=PATIENCE))[0]
-    print(gpu)
-    begun = time.perf_counter()
-    Owner.on(gpu.uuid).end()
-    print("first context", time.perf_counter() - begun)
-    begun = time.perf_counter()
-    Owner.on(gpu.uuid).end()
-    print("second context", time.perf_counter() - begun)
-    show(pairs(gpu.uuid))
-    gpus.close()
+    try:
+        found = asyncio.run(gpus.list(timeout=PATIENCE))
+    except (DeviceFault, Unavailable) as error:
+        sys.exit(f"there is no NVIDIA GPU: {error.message}")
+    finally:
+        gpus.close()
+    print(f"{found[0].model}, driver {found[0].driver}, confidential computing {'on' if found[0].cc else 'off'}")
+    show(pairs(found[0].uuid))
     return 0
 
 
