@@ -21,6 +21,7 @@ from cgpu_agent.backends.tpm.owner import TpmOwner
 from cgpu_agent.backends.tpm.transport import open_tpm
 from cgpu_agent.backends.vmclock import vm_generation
 from cgpu_agent.daemon.approvals import load_approvals
+from cgpu_agent.daemon.bounds import shortage
 from cgpu_agent.daemon.brokers import make_brokers
 from cgpu_agent.daemon.config import Config, GpuConfig, Limits
 from cgpu_agent.daemon.gpus import load_rules, offer_transfers
@@ -113,6 +114,7 @@ def make_parts(config: Config, in_force: InForce, notifier: Notifier, daemon: Op
             request_seconds=tpm_config.request_seconds,
             identity_strength=capabilities.identity_strength,
             tpm_seconds_per_minute=limits.tpm_seconds_per_minute,
+            short_of_memory=shortage(limits),
         ),
         vm_generation=vm_generation,
     )

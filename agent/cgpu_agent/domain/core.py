@@ -58,6 +58,8 @@ class Settings:
     identity_strength: str
     tpm_seconds_per_minute: int = 30
     """Of the TPM's time, for each uid."""
+    short_of_memory: str | None = None
+    """Why callers who take what they may would have the agent killed, if so."""
 
 
 _GPU_REMEDY = "see cgpuctl gpu list and the journal"
@@ -347,6 +349,9 @@ class Core:
                     "run Linux 6.9 or newer",
                 )
             )
+        if self.settings.short_of_memory is not None:
+            remedy = "raise the unit's MemoryMax=, or lower limits.lease_mib_in_all; then restart the agent"
+            found.append(Problem("MEMORY_BOUND", self.settings.short_of_memory, remedy))
         found += self._gpu_problems()
         return found
 
