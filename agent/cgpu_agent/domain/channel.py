@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 
 from cgpu_agent.backends.base import Clock
 from cgpu_agent.backends.devicememory import DeviceChannel, DeviceMemory
+from cgpu_agent.domain.cores import Cores
 from cgpu_agent.domain.leases import Process
 from cgpu_agent.domain.policy import GpuName
 from cgpu_agent.domain.transfers import Allocation, Copy, Tally, Transfer, make, told
@@ -38,6 +39,7 @@ class GpuChannel:
     Args:
         owner: whose it is; kept, and closed with ``forget``.
         memory, link: taken over.
+        cores: shared by all channels.
         closers: where it is waited for what blocks.
         generation: the virtual machine's; a copy of the machine has the same keys, and must not use them.
         on_fault: told when the channel cannot go on by itself any more, and why.
@@ -55,6 +57,7 @@ class GpuChannel:
         memory: DeviceMemory,
         link: DeviceChannel,
         engine: Engine[DeviceChannel],
+        cores: Cores,
         closers: Executor,
         clock: Clock,
         generation: Callable[[], int | None],
@@ -70,6 +73,7 @@ class GpuChannel:
         self._memory: Final = memory
         self._link: Final = link
         self._engine: Final = engine
+        self._turn: Final = partial(cores.turn, owner.caller.uid, self.require_open)
         self._closers: Final = closers
         self._clock: Final = clock
         self._generation: Final = generation
@@ -196,8 +200,9 @@ class GpuChannel:
 
         def work(link: DeviceChannel) -> None:
             began = self._clock.monotonic()
-            self.require_open()
-            link.write(room.handle, offset, data)
+            with self._turn():
+                self.require_open()
+                link.write(room.handle, offset, data)
             self.tally.busy += self._clock.monotonic() - began
             self.tally.to_device += len(data)
 
@@ -223,7 +228,7 @@ class GpuChannel:
                 self.tally.from_device += each.size
 
         try:
-            make(copies, link, self.require_open, made)
+            make(copies, link, self._turn, self.require_open, made)
         except AgentError as error:
             traceback.clear_frames(error.__traceback__)  # a channel keeps what it died of, and that the buffers
             return told(error)

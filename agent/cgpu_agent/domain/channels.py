@@ -21,6 +21,7 @@ from cgpu_agent.backends.devicememory import DeviceChannel, TransferGpus
 from cgpu_agent.backends.workmemory import WorkMemory
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.channel import ASK_SECONDS, GpuChannel
+from cgpu_agent.domain.cores import Cores
 from cgpu_agent.domain.gpus import GpuSessions
 from cgpu_agent.domain.gpustate import IDENTITY, Reason, Verdict
 from cgpu_agent.domain.leases import Leases, Process
@@ -94,6 +95,7 @@ class Channels:
         self._clock = clock
         self._generation = generation
         self._engine: Engine[DeviceChannel] = Engine(limits.channels)
+        self._cores = Cores()
         # Threads of its own: whatever a GPU does not let go of must hold up nothing else.
         self._closers = ThreadPoolExecutor(limits.channels, "channel-end")
         self._table: dict[bytes, GpuChannel] = {}
@@ -211,9 +213,9 @@ class Channels:
                     IDENTITY.slug, "another GPU answers than the one that was attested", retry_after=2.0
                 )
             link = await memory.channel(timeout=ASK_SECONDS)
-            make = partial(GpuChannel, owner, gpu, memory, link, self._engine, self._closers, self._clock)
+            make = partial(GpuChannel, owner, gpu, memory, link, self._engine, self._cores, self._closers)
             try:
-                return make(self._generation, self._faulted)
+                return make(self._clock, self._generation, self._faulted)
             except BaseException:
                 link.close()
                 raise

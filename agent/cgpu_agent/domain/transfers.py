@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -109,19 +110,25 @@ class Tally:
 
 
 def make(
-    copies: Sequence[Copy], link: DeviceChannel, require: Callable[[], None], made: Callable[[Copy], None]
+    copies: Sequence[Copy],
+    link: DeviceChannel,
+    turn: Callable[[], AbstractContextManager[None]],
+    require: Callable[[], None],
+    made: Callable[[Copy], None],
 ) -> None:
     """Make the copies, in their order. Blocks.
 
     Args:
+        turn: held for each piece.
         require: raises ``AgentError`` when it may not go on; asked before each piece.
         made: told of each piece.
 
     Raises as ``DeviceChannel.write``; ``Unavailable`` (``LEASE_GONE``), ``Denied`` (``DEVICE_SEALED``).
     """
     for step in _steps(copies):
-        require()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(turn())
+            require()
             views = [stack.enter_context(each.memory.use(each.start, each.size)) for each in step]
             first = step[0]
             if len(step) > 1:
