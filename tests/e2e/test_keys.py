@@ -216,7 +216,14 @@ def test_cgpuctl_writes_a_key_for_its_owner_alone(
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
     listed = ctl("key", "list", "--json", "--socket", daemon.socket).json
     assert listed == [
-        {"broker": "credential", "key": "models/llama", "opens": False, "plain": False, "wrapped": True}
+        {
+            "broker": "credential",
+            "key": "models/llama",
+            "loads": [],
+            "opens": False,
+            "plain": False,
+            "wrapped": True,
+        }
     ]
     assert "models/llama" in ctl("key", "list", "--socket", daemon.socket).out
     assert daemon.stop() == 0

@@ -302,6 +302,12 @@ def test_a_sealed_object_reaches_the_gpu_and_nobody_else(world: GpuDaemon, loadi
             pass
         assert opened.value.slug == "NOT_ALLOWED"
         assert channel.stats().allocations == 1
+        (listed,) = agent.list_keys()
+        assert (listed.key, listed.opens, list(listed.loads)) == (
+            "models/llama",
+            False,
+            [gpu.uuid for gpu in agent.list_gpus().gpus],
+        )
     assert world.daemon.stop() == 0
     (key, _) = world.records("key")
     assert (key.data["how"], key.data["object"], key.data["policies"]) == ("load", "llama-70b", ["key.load"])

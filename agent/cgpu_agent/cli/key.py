@@ -20,13 +20,22 @@ def _list(arguments: argparse.Namespace) -> int:
         keys = agent.list_keys()
     if arguments.json:
         told = [
-            {"broker": k.broker, "key": k.key, "opens": k.opens, "plain": k.plain, "wrapped": k.wrapped} for k in keys
+            {
+                "broker": k.broker,
+                "key": k.key,
+                "loads": list(k.loads),
+                "opens": k.opens,
+                "plain": k.plain,
+                "wrapped": k.wrapped,
+            }
+            for k in keys
         ]
         output.emit_json(told)
         return output.EXIT_PASS
     for key in keys:
         words = (("wrapped", key.wrapped), ("in plain", key.plain), ("opens objects", key.opens))
         ways = [word for word, may in words if may]
+        ways += [f"loads objects into {gpu}" for gpu in key.loads]
         output.say(f"{key.key}  ({key.broker}; {', '.join(ways)})")
     if not keys:
         output.say("no key that you may have now")

@@ -69,6 +69,17 @@ class _Released:
     epoch: Hashable
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A key, and how a caller may use it now: wrapped, in plain, to have objects opened, and into which GPUs."""
+
+    key: Key
+    wrapped: bool
+    plain: bool
+    opens: bool
+    loads: tuple[str, ...]
+
+
 class Release:
     """The keys of this VM.
 
@@ -107,18 +118,19 @@ class Release:
         self._clock = clock
         self.outcomes: Counter[tuple[str, str]] = Counter()
 
-    def offers(self, caller: Caller) -> list[tuple[Key, bool, bool, bool]]:
-        """The keys that this caller may use now: each, whether wrapped, in plain, and to have objects opened.
+    def offers(self, caller: Caller, gpus: Sequence[GpuName]) -> list[Offer]:
+        """The keys that this caller may use now in any way; these are the GPUs that objects could go to.
 
-        Raises ``Exhausted`` (``KEY_LIMIT``): policy is asked three times for every key.
+        Raises ``Exhausted`` (``KEY_LIMIT``): policy is asked three times for every key, and once more for each GPU.
         """
         self._rate.take(caller.uid)
         found = []
         for spec in self._keys.values():
             actions = (Action.KEY_GET, Action.KEY_PLAIN, Action.KEY_OPEN)
-            wrapped, plain, opens = (self._decide(caller, action, spec.key).allowed for action in actions)
-            if wrapped or plain or opens:
-                found.append((spec.key, wrapped, plain, opens))
+            ways = [self._decide(caller, action, spec.key).allowed for action in actions]
+            loads = tuple(gpu.uuid for gpu in gpus if self._may_load(caller, spec, gpu))
+            if any(ways) or loads:
+                found.append(Offer(spec.key, *ways, loads))
         return found
 
     async def get(self, caller: Caller, name: str, recipient: bytes | None, begin: Begin) -> Delivery:
@@ -195,11 +207,10 @@ class Release:
 
     def may_load(self, caller: Caller, gpus: Sequence[GpuName]) -> bool:
         """Whether the caller may have any object in the memory of any of these GPUs now."""
-        return any(
-            self._decide(caller, Action.KEY_LOAD, replace(spec.key, gpu=gpu)).allowed
-            for spec in self._keys.values()
-            for gpu in gpus
-        )
+        return any(self._may_load(caller, spec, gpu) for spec in self._keys.values() for gpu in gpus)
+
+    def _may_load(self, caller: Caller, spec: KeySpec, gpu: GpuName) -> bool:
+        return self._decide(caller, Action.KEY_LOAD, replace(spec.key, gpu=gpu)).allowed
 
     async def _release(
         self,

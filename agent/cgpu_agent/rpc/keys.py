@@ -23,12 +23,20 @@ class KeysService(keys_pb2_grpc.KeysServicer):
         self._core = core
 
     async def List(self, request: pb.ListKeysRequest, context: Any) -> pb.ListKeysResponse:
-        release = self._core.release
-        offers = [] if release is None else release.offers(current_caller())
+        release, channels = self._core.release, self._core.channels
+        gpus = [] if channels is None else channels.gpus
+        offers = [] if release is None else release.offers(current_caller(), gpus)
         return pb.ListKeysResponse(
             keys=[
-                pb.KeyInfo(key=key.id, broker=key.broker, wrapped=wrapped, plain=plain, opens=opens)
-                for key, wrapped, plain, opens in offers
+                pb.KeyInfo(
+                    key=offer.key.id,
+                    broker=offer.key.broker,
+                    wrapped=offer.wrapped,
+                    plain=offer.plain,
+                    opens=offer.opens,
+                    loads=offer.loads,
+                )
+                for offer in offers
             ]
         )
 

@@ -14,7 +14,7 @@ from cgpu_agent.backends.keys.credential import CredentialKeys
 from cgpu_agent.client.unwrap import Receiver
 from cgpu_agent.domain.audit import AuditLog
 from cgpu_agent.domain.caller import Caller
-from cgpu_agent.domain.policy import Action, Decision, Facts, Key, Policy
+from cgpu_agent.domain.policy import Action, Decision, Facts, GpuName, Key, Policy
 from cgpu_agent.domain.rate import Rate
 from cgpu_agent.domain.release import Delivery, KeySpec, Release
 from cgpu_agent.errors import AgentError, Denied, Exhausted, HostileInput, Misuse, Unavailable
@@ -35,6 +35,8 @@ when { principal.unit == "inference.service" && resource.group == "models" };
   resource == CGpu::Key::"plain") when { principal.unit == "inference.service" };
 @id("opens") permit(principal is CGpu::Workload, action == CGpu::Action::"key.open",
   resource == CGpu::Key::"models/llama") when { principal.unit == "inference.service" };
+@id("loads") permit(principal is CGpu::Workload, action == CGpu::Action::"key.load",
+  resource == CGpu::Key::"models/lost") when { principal.unit == "inference.service" && context.gpu.uuid == "GPU-2" };
 """
 
 
@@ -287,13 +289,16 @@ def test_one_uid_cannot_ask_without_end(vault: Vault) -> None:
 
 
 def test_offers_are_what_the_caller_may_have(vault: Vault) -> None:
-    def offers(caller: Caller) -> list[tuple[str, bool, bool, bool]]:
-        return [(key.id, *ways) for key, *ways in vault.release.offers(caller)]
+    first, second = GpuName("GPU-1", "one"), GpuName("GPU-2", "two")
+
+    def offers(caller: Caller) -> list[tuple[object, ...]]:
+        found = vault.release.offers(caller, [first, second])
+        return [(each.key.id, each.wrapped, each.plain, each.opens, each.loads) for each in found]
 
     assert offers(WORKLOAD) == [
-        ("models/llama", True, False, True),
-        ("models/lost", True, False, False),
-        ("plain", False, True, False),
+        ("models/llama", True, False, True, ()),
+        ("models/lost", True, False, False, ("GPU-2",)),
+        ("plain", False, True, False, ()),
     ]
     assert offers(STRANGER) == []
     assert vault.release.may_open(WORKLOAD)

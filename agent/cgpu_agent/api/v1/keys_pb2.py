@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63gpu_agent/api/v1/keys.proto\x12\rcgpu.agent.v1\"\x11\n\x0fListKeysRequest\"8\n\x10ListKeysResponse\x12$\n\x04keys\x18\x01 \x03(\x0b\x32\x16.cgpu.agent.v1.KeyInfo\"U\n\x07KeyInfo\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x62roker\x18\x02 \x01(\t\x12\x0f\n\x07wrapped\x18\x03 \x01(\x08\x12\r\n\x05plain\x18\x04 \x01(\x08\x12\r\n\x05opens\x18\x05 \x01(\x08\"/\n\rGetKeyRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x11\n\trecipient\x18\x02 \x01(\x0c\"O\n\x0eGetKeyResponse\x12\x0f\n\x07\x63ontext\x18\x01 \x01(\x0c\x12\x11\n\x07wrapped\x18\x02 \x01(\x0cH\x00\x12\x0f\n\x05plain\x18\x03 \x01(\x0cH\x00\x42\x08\n\x06secret\"p\n\x11OpenSealedRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x0c\x12\x11\n\tobject_id\x18\x03 \x01(\t\x12\x16\n\x0eobject_version\x18\x04 \x01(\x04\x12\x14\n\x0csegment_size\x18\x05 \x01(\r\"@\n\x12OpenSealedResponse\x12\x0c\n\x04\x64one\x18\x01 \x01(\x04\x12\r\n\x05total\x18\x02 \x01(\x04\x12\r\n\x05whole\x18\x03 \x01(\x08\x32\xe8\x01\n\x04Keys\x12G\n\x04List\x12\x1e.cgpu.agent.v1.ListKeysRequest\x1a\x1f.cgpu.agent.v1.ListKeysResponse\x12\x42\n\x03Get\x12\x1c.cgpu.agent.v1.GetKeyRequest\x1a\x1d.cgpu.agent.v1.GetKeyResponse\x12S\n\nOpenSealed\x12 .cgpu.agent.v1.OpenSealedRequest\x1a!.cgpu.agent.v1.OpenSealedResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63gpu_agent/api/v1/keys.proto\x12\rcgpu.agent.v1\"\x11\n\x0fListKeysRequest\"8\n\x10ListKeysResponse\x12$\n\x04keys\x18\x01 \x03(\x0b\x32\x16.cgpu.agent.v1.KeyInfo\"d\n\x07KeyInfo\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x62roker\x18\x02 \x01(\t\x12\x0f\n\x07wrapped\x18\x03 \x01(\x08\x12\r\n\x05plain\x18\x04 \x01(\x08\x12\r\n\x05opens\x18\x05 \x01(\x08\x12\r\n\x05loads\x18\x06 \x03(\t\"/\n\rGetKeyRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x11\n\trecipient\x18\x02 \x01(\x0c\"O\n\x0eGetKeyResponse\x12\x0f\n\x07\x63ontext\x18\x01 \x01(\x0c\x12\x11\n\x07wrapped\x18\x02 \x01(\x0cH\x00\x12\x0f\n\x05plain\x18\x03 \x01(\x0cH\x00\x42\x08\n\x06secret\"p\n\x11OpenSealedRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x0c\x12\x11\n\tobject_id\x18\x03 \x01(\t\x12\x16\n\x0eobject_version\x18\x04 \x01(\x04\x12\x14\n\x0csegment_size\x18\x05 \x01(\r\"@\n\x12OpenSealedResponse\x12\x0c\n\x04\x64one\x18\x01 \x01(\x04\x12\r\n\x05total\x18\x02 \x01(\x04\x12\r\n\x05whole\x18\x03 \x01(\x08\x32\xe8\x01\n\x04Keys\x12G\n\x04List\x12\x1e.cgpu.agent.v1.ListKeysRequest\x1a\x1f.cgpu.agent.v1.ListKeysResponse\x12\x42\n\x03Get\x12\x1c.cgpu.agent.v1.GetKeyRequest\x1a\x1d.cgpu.agent.v1.GetKeyResponse\x12S\n\nOpenSealed\x12 .cgpu.agent.v1.OpenSealedRequest\x1a!.cgpu.agent.v1.OpenSealedResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,15 +36,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTKEYSRESPONSE']._serialized_start=66
   _globals['_LISTKEYSRESPONSE']._serialized_end=122
   _globals['_KEYINFO']._serialized_start=124
-  _globals['_KEYINFO']._serialized_end=209
-  _globals['_GETKEYREQUEST']._serialized_start=211
-  _globals['_GETKEYREQUEST']._serialized_end=258
-  _globals['_GETKEYRESPONSE']._serialized_start=260
-  _globals['_GETKEYRESPONSE']._serialized_end=339
-  _globals['_OPENSEALEDREQUEST']._serialized_start=341
-  _globals['_OPENSEALEDREQUEST']._serialized_end=453
-  _globals['_OPENSEALEDRESPONSE']._serialized_start=455
-  _globals['_OPENSEALEDRESPONSE']._serialized_end=519
-  _globals['_KEYS']._serialized_start=522
-  _globals['_KEYS']._serialized_end=754
+  _globals['_KEYINFO']._serialized_end=224
+  _globals['_GETKEYREQUEST']._serialized_start=226
+  _globals['_GETKEYREQUEST']._serialized_end=273
+  _globals['_GETKEYRESPONSE']._serialized_start=275
+  _globals['_GETKEYRESPONSE']._serialized_end=354
+  _globals['_OPENSEALEDREQUEST']._serialized_start=356
+  _globals['_OPENSEALEDREQUEST']._serialized_end=468
+  _globals['_OPENSEALEDRESPONSE']._serialized_start=470
+  _globals['_OPENSEALEDRESPONSE']._serialized_end=534
+  _globals['_KEYS']._serialized_start=537
+  _globals['_KEYS']._serialized_end=769
 # @@protoc_insertion_point(module_scope)

@@ -62,6 +62,7 @@ class KeyInfo(_message.Message):
     WRAPPED_FIELD_NUMBER: _builtins.int
     PLAIN_FIELD_NUMBER: _builtins.int
     OPENS_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     """The agent's id of the key."""
     broker: _builtins.str
@@ -72,6 +73,10 @@ class KeyInfo(_message.Message):
     """You may have it in plain."""
     opens: _builtins.bool
     """You may have objects that are sealed under it opened."""
+    @_builtins.property
+    def loads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """UUIDs of the trusted GPUs in whose memory you may have such objects."""
+
     def __init__(
         self,
         *,
@@ -80,10 +85,11 @@ class KeyInfo(_message.Message):
         wrapped: _builtins.bool = ...,
         plain: _builtins.bool = ...,
         opens: _builtins.bool = ...,
+        loads: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["broker", b"broker", "key", b"key", "opens", b"opens", "plain", b"plain", "wrapped", b"wrapped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["broker", b"broker", "key", b"key", "loads", b"loads", "opens", b"opens", "plain", b"plain", "wrapped", b"wrapped"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
