@@ -30,7 +30,7 @@ systemd-sysusers
 systemctl --quiet enable cgpu-agent.socket cgpu-agent-admin.socket cgpu-agent-lease.socket cgpu-ready.socket
 systemctl --quiet enable cgpu-agent.service
 """
-"""As docs/install.md has it; the boot does the rest."""
+"""As docs/install.md has it, and what the relying party's unit starts; the boot does the rest."""
 
 
 @pytest.fixture(scope="session")
