@@ -54,7 +54,7 @@ fmt: dev ## format the code
 generate: ## generate the gRPC stubs from protos/
 	sh packaging/generate.sh
 
-test-systemd: dev deb ## the package installed, and its units at work, under a real systemd in a container (root)
+test-systemd: dev $(if $(filter-out bookworm,$(SUITE)),dist,deb) ## the package installed, and its units at work, under a real systemd in a container (root; SUITE=trixie: Debian 13, by pip)
 	@PYTHON=/usr/bin/python3 sh packaging/bootstrap.sh systemd
 	$(BIN)/python -m pytest --timeout 0 tests/systemd
 
@@ -124,6 +124,7 @@ deb: ## build the Debian package, dist/*.deb; the same source gives the same byt
 	sh packaging/deb/build.sh dist
 
 dist: dev ## build the wheel
+	rm -rf build/lib
 	$(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 
 clean: demo-stop ## remove everything that can be made again

@@ -70,7 +70,7 @@ def connect_to_metadata_service():
 
 ATTEMPTS = {
     "write /etc": lambda: write_to("/etc/probe"),
-    "write /usr": lambda: write_to("/usr/lib/cgpu-agent/probe"),
+    "write /usr": lambda: write_to("/usr/lib/probe"),
     "write /sys": lambda: write_to("/sys/fs/cgroup/cgroup.subtree_control"),
     "write /proc/sys": lambda: write_to("/proc/sys/net/ipv4/ip_forward"),
     "read /root": lambda: list(Path("/root").iterdir()),

@@ -127,10 +127,10 @@ class Release:
         found = []
         for spec in self._keys.values():
             actions = (Action.KEY_GET, Action.KEY_PLAIN, Action.KEY_OPEN)
-            ways = [self._decide(caller, action, spec.key).allowed for action in actions]
+            wrapped, plain, opens = (self._decide(caller, action, spec.key).allowed for action in actions)
             loads = tuple(gpu.uuid for gpu in gpus if self._may_load(caller, spec, gpu))
-            if any(ways) or loads:
-                found.append(Offer(spec.key, *ways, loads))
+            if wrapped or plain or opens or loads:
+                found.append(Offer(spec.key, wrapped, plain, opens, loads))
         return found
 
     async def get(self, caller: Caller, name: str, recipient: bytes | None, begin: Begin) -> Delivery:
