@@ -438,7 +438,9 @@ def test_all_that_the_limits_allow_fits_and_one_more_is_told(vm: Container) -> N
         assert f"{LIMITS.connections} connected" in vm.unit("cgpuctl", "status")
 
         threads, all_descriptors = held(vm)
-        assert all_descriptors - descriptors <= 4 * LIMITS.connections + 5 * LIMITS.leases
+        # A door asks its server how far it is over a connection of its own, once there is a crowd.
+        own = 8
+        assert all_descriptors - descriptors <= 4 * LIMITS.connections + 5 * LIMITS.leases + own
         assert all_descriptors + 5 * LIMITS.channels + 1024 < int(vm.show(AGENT, "LimitNOFILESoft"))
         assert threads < LIMITS.leases + OTHER_THREADS
         assert threads + 2 * LIMITS.channels + _MAX_REFUSING + OTHER_THREADS < int(vm.show(AGENT, "TasksMax"))
