@@ -432,5 +432,5 @@ def test_a_door_that_is_not_there(process: GpuProcess, site: Session) -> None:
 def test_moves_of_any_size_over_two_channels_at_a_time(process: GpuProcess) -> None:
     """A short cycle of ``make soak``, which compares all that comes back."""
     rng = random.Random(1)
-    assert soak.cycle(process, memoryview(rng.randbytes(1 << 20) * (soak.ROOM >> 20)), rng, 5) > soak.ROOM
+    assert soak.cycle(process, soak.make_source(rng), rng, 5) > soak.ROOM
     await_rings(process.pid, 0)
