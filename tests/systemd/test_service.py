@@ -399,7 +399,9 @@ def crowd(vm: Container) -> Iterator[dict[str, Any]]:
     """As many callers and leases as the configuration allows, until the end; yields what they are told."""
     shutil.copy(Path(__file__).parent / "crowd.py", vm.console.parent)
     sizes = (LIMITS.connections, LIMITS.connections_per_uid, LIMITS.leases, LIMITS.leases_per_uid)
-    command = ("python3", "-I", "/srv/host/crowd.py", *map(str, sizes))
+    # The interpreter that has the agent's libraries, or is told in crowd.py where they are.
+    python = vm.run("head", "--lines=1", "/usr/bin/cgpu-agent").removeprefix("#!").split()[0]
+    command = (python, "-I", "/srv/host/crowd.py", *map(str, sizes))
     unit = ("systemd-run", "--quiet", "--unit=crowd", "--pipe", "--wait", "--collect")
     process = vm.popen(*unit, *command, stdin=subprocess.PIPE)
     try:
