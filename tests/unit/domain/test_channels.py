@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import pytest
 
 from cgpu_agent.domain.channel import _QUEUED
 from cgpu_agent.domain.channels import MAX_COPIES, ChannelLimits, Range
+from cgpu_agent.domain.cores import Cores
 from cgpu_agent.domain.transfers import PIECE
 from cgpu_agent.errors import AgentError
 from fixtures.channels import LIMITS, MIB, Ground, running, sealed, slug
@@ -278,6 +280,28 @@ def test_a_sealed_object_is_loaded_whole(gpus: GpuProcess, size: int) -> None:
         assert (record.data["how"], record.data["gpu"]) == ("load", ground.uuids[0])
         assert (record.data["object"], record.data["policies"]) == (NAME.object_id, ["load"])
         await ground.lending.idle()
+
+    running(gpus, scenario)
+
+
+def test_each_piece_waits_for_the_turn_of_its_uid(gpus: GpuProcess) -> None:
+    class Watched(Cores):
+        turns: ClassVar[list[int]] = []
+
+        @contextlib.contextmanager
+        def turn(self, uid: int, require: Callable[[], None]) -> Iterator[None]:
+            with super().turn(uid, require):
+                self.turns.append(uid)
+                yield
+
+    async def scenario(ground: Ground) -> None:
+        ground.channels._cores = Watched()
+        channel, work = await ground.open(), await ground.lease(20 * MIB)
+        await ground.put(channel, work, os.urandom(PIECE + 1))
+        assert Watched.turns == [os.getuid()] * 2
+        handle = await ground.allocate(channel, 9 << 20)
+        await ground.wait(channel, await ground.load(channel, sealed(os.urandom(9 << 20)), handle))
+        assert Watched.turns == [os.getuid()] * 5
 
     running(gpus, scenario)
 
