@@ -15,9 +15,9 @@ from cgpu_agent import __version__
 from cgpu_agent.backends.notify import Notifier
 from cgpu_agent.daemon import status
 from cgpu_agent.daemon.config import Config, LogLevel
-from cgpu_agent.daemon.gpus import Rejections
 from cgpu_agent.daemon.metrics import families
 from cgpu_agent.daemon.parts import make_parts
+from cgpu_agent.daemon.rejections import Rejections
 from cgpu_agent.daemon.reload import InForce, renew
 from cgpu_agent.daemon.watchdog import Heartbeat, Watchdog
 from cgpu_agent.domain.core import is_final

@@ -13,7 +13,6 @@ from cgpu_agent.domain.channels import ChannelLimits, Channels
 from cgpu_agent.domain.core import Core
 from cgpu_agent.domain.gpujudge import GpuJudge
 from cgpu_agent.domain.gpurules import GpuRules
-from cgpu_agent.domain.gpustate import Reason, Session
 from cgpu_agent.domain.leases import Leases
 from cgpu_agent.domain.loading import Loading
 from cgpu_agent.errors import HostileInput, Misuse
@@ -29,26 +28,6 @@ T = TypeVar("T")
 def load_rules(config: GpuConfig) -> GpuRules:
     """The rules of the sessions."""
     return GpuRules(config.allow_simulated, config.count, config.reattest_seconds, config.report_seconds)
-
-
-class Rejections:
-    """What the journal was told of devices that were rejected: each attempt finds them again, for hours."""
-
-    def __init__(self) -> None:
-        self._told: dict[str, Reason] = {}
-
-    def news(self, sessions: Sequence[Session]) -> list[tuple[str, Reason]]:
-        """Devices that are rejected, and were not, or not for this reason, since they were last trusted."""
-        present = {session.info.uuid for session in sessions if session.phase != "trusted"}
-        self._told = {uuid: reason for uuid, reason in self._told.items() if uuid in present}
-        found = [
-            (session.info.uuid, session.reason)
-            for session in sessions
-            if session.phase == "rejected" and session.reason is not None
-        ]
-        fresh = [(uuid, reason) for uuid, reason in found if self._told.get(uuid) != reason]
-        self._told.update(fresh)
-        return fresh
 
 
 def offer_transfers(

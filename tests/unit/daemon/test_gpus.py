@@ -11,13 +11,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from cgpu_agent.backends.gpu.nvmlgpus import NvmlGpus
 from cgpu_agent.daemon.config import GpuConfig, parse
-from cgpu_agent.daemon.gpus import Rejections, load_judge, load_rules
+from cgpu_agent.daemon.gpus import load_judge, load_rules
 from cgpu_agent.daemon.parts import _open_gpus
 from cgpu_agent.domain.gpurules import GpuRules
-from cgpu_agent.domain.gpustate import Phase, Reason, Session
 from cgpu_agent.errors import Misuse
 from cgpu_agent.verifier.gpuchain import NVIDIA_DEVICE_ROOTS, NVIDIA_RIM_ROOTS
-from fixtures.gpuinfo import gpu
 from fixtures.gpujudge import RIMS, VENDOR
 from fixtures.gpupki import pem
 
@@ -128,21 +126,3 @@ def test_the_ready_state_is_set_through_the_helper_unless_the_configuration_says
         assert isinstance(gpus, NvmlGpus)
         assert (gpus._lease is not None) == through
         gpus.close()
-
-
-def test_who_is_rejected_for_hours_is_told_of_once_for_each_reason() -> None:
-    off, tools = Reason("GPU_CC_OFF", "off"), Reason("GPU_DEV_TOOLS", "on")
-    rejections = Rejections()
-
-    def news(phase: Phase, reason: Reason | None = None) -> list[str]:
-        sessions = (Session(gpu(0), phase, reason), Session(gpu(1), "trusted"))
-        return [each.slug for _, each in rejections.news(sessions)]
-
-    assert news("discovered") == []
-    assert news("rejected", off) == ["GPU_CC_OFF"]
-    assert news("attesting", off) == news("rejected", off) == []
-    assert news("rejected", tools) == ["GPU_DEV_TOOLS"]
-    assert news("trusted") == []
-    assert news("rejected", tools) == ["GPU_DEV_TOOLS"]
-    assert rejections.news([]) == []
-    assert news("rejected", tools) == ["GPU_DEV_TOOLS"]
