@@ -63,6 +63,16 @@ def test_agent_that_serves_says_so_and_what_is_weak(machine: Machine) -> None:
     asyncio.run(scenario())
 
 
+def test_agent_that_callers_could_have_killed_says_so(machine: Machine) -> None:
+    async def scenario() -> None:
+        async with machine.serving(short_of_memory="too little") as core:
+            problem = core.problems()[-1]
+            assert (problem.reason, problem.message) == ("MEMORY_BOUND", "too little")
+            assert problem.remedy
+
+    asyncio.run(scenario())
+
+
 def test_certified_agent_with_a_boot_log_has_no_problems(machine: Machine) -> None:
     machine.tpm.provision_nv(AK_CERTIFICATE_INDEX, b"\x30\x03\x02\x01\x05")
 
