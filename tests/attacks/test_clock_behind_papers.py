@@ -19,7 +19,7 @@ from cgpu_agent.domain.timefloor import TimeFloor
 from cgpu_agent.errors import Unavailable
 from cgpu_agent.verifier.collateral import Collateral
 from cgpu_agent.verifier.revocation import CLOCK_SKEW
-from fixtures.gpu import DRIVER, VBIOS
+from fixtures.gpuinfo import gpu
 from fixtures.gpujudge import GPU, OTHER, VENDOR
 from fixtures.gpupki import Signer
 from fixtures.gpurevocation import RESPONDER_EXTENSIONS, crl, ocsp_response
@@ -27,20 +27,7 @@ from fixtures.gpusessions import MovableClock
 from fixtures.pki import NOW
 
 BOOT_ROM, PROVISIONER = GPU.signers[1:3]
-INFO = GpuInfo(
-    uuid="GPU-1",
-    bdf="0000:01:00.0",
-    model="throw-away",
-    architecture="hopper",
-    driver=DRIVER,
-    vbios=VBIOS,
-    cc=True,
-    cc_environment="prod",
-    dev_tools=False,
-    multi_gpu="none",
-    protected_memory=None,
-    key_rotation_threshold=None,
-)
+INFO = gpu(1)
 
 
 class OneGpu:

@@ -77,16 +77,16 @@ def pairs(gpu: str) -> list[Pair]:
     memory = [bytearray(b"\x5a") * SIZE for _ in channels]
     found = []
 
-    def both(number: int) -> None:
+    def write(number: int) -> None:
         channels[number].write(handles[number], 0, memory[number])
 
     def two() -> None:
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(both, range(2)))
+            list(pool.map(write, range(2)))
 
     spare = bytearray(SIZE)
     works: dict[str, tuple[Callable[[], Any], int]] = {
-        "write": (lambda: both(0), SIZE),
+        "write": (lambda: write(0), SIZE),
         "read": (lambda: channels[0].read_into(handles[0], 0, memory[0]), SIZE),
         "two": (two, 2 * SIZE),
         "pinned to": (lambda: alone.pinned(to_device=True), SIZE),
